@@ -1,0 +1,304 @@
+#include "batch_norm.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "dispatch.h"
+#include "parallel.h"
+#include "plan.h"
+
+namespace pybn {
+namespace {
+
+// Two partial results per segment and channel, [segment][channel].
+struct Partials {
+  Partials(const Partition& partition)
+      : channels(partition.extents.channels),
+        first(partition.segments() * channels),
+        second(partition.segments() * channels) {}
+
+  std::size_t at(std::size_t segment, std::size_t channel) const { return segment * channels + channel; }
+
+  std::size_t channels;
+  std::vector<double> first, second;
+};
+
+// Tasks of a wave are numbered by segment, then by group of channels: neighbours in memory are neighbours in number.
+struct Wave {
+  const Plan& plan;
+  std::size_t first, channels;
+
+  Wave(const Plan& plan, std::size_t number)
+      : plan(plan), first(number * plan.wave), channels(std::min(plan.wave, plan.channels() - first)) {}
+
+  std::size_t groups() const { return (channels + plan.group - 1) / plan.group; }
+  std::size_t tasks() const { return plan.partition.segments() * groups(); }
+  std::size_t segment(std::size_t task) const { return task / groups(); }
+  Tile tile(std::size_t task) const {
+    const std::size_t begin = task % groups() * plan.group;
+    return tile_of(plan.partition, segment(task), first + begin, std::min(plan.group, channels - begin));
+  }
+};
+
+// Every operation is this: reduce(tile, segment) for all tiles of some channels, merge(first_channel, channels) their
+// partial results, apply(tile) for the same tiles, last first. Steps that an operation does not have do nothing.
+template <class Reduce, class Merge, class Apply>
+void run(const Plan& plan, const Reduce& reduce, const Merge& merge, const Apply& apply) {
+  const std::size_t waves = (plan.channels() + plan.wave - 1) / plan.wave;
+  if (plan.private_slabs) {
+    parallel_for(waves, plan.threads, [&](std::size_t number) {
+      const Wave wave(plan, number);
+      for (std::size_t task = 0; task < wave.tasks(); ++task) reduce(wave.tile(task), wave.segment(task));
+      merge(wave.first, wave.channels);
+      for (std::size_t task = wave.tasks(); task-- > 0;) apply(wave.tile(task));
+    });
+    return;
+  }
+  for (std::size_t number = 0; number < waves; ++number) {
+    const Wave wave(plan, number);
+    const std::size_t tasks = wave.tasks();
+    parallel_for(tasks, plan.threads, [&](std::size_t task) { reduce(wave.tile(task), wave.segment(task)); });
+    merge(wave.first, wave.channels);
+    parallel_for(tasks, plan.threads, [&](std::size_t task) { apply(wave.tile(tasks - 1 - task)); });
+  }
+}
+
+template <class Reduce, class Merge>
+void run_reduction(const Plan& plan, const Reduce& reduce, const Merge& merge) {
+  const Wave all(plan, 0);
+  parallel_for(all.tasks(), plan.threads, [&](std::size_t task) { reduce(all.tile(task), all.segment(task)); });
+  merge(std::size_t{0}, all.channels);
+}
+
+template <class Apply>
+void run_application(const Plan& plan, const Apply& apply) {
+  const Wave all(plan, 0);
+  parallel_for(all.tasks(), plan.threads, [&](std::size_t task) { apply(all.tile(task)); });
+}
+
+template <class T>
+const Kernels<T>& kernels_for(const Extents& extents) {
+  return extents.is_rows() ? kernels<T>().rows : kernels<T>().planes;
+}
+
+// The reduction of a statistics pass and its merge, as steps for run().
+template <class T>
+struct StatsReduction {
+  const Kernels<T>& kernels;
+  const Partition& partition;
+  Operand<const T> x;
+  Partials partials;
+
+  StatsReduction(const Plan& plan, Operand<const T> x)
+      : kernels(kernels_for<T>(plan.partition.extents)), partition(plan.partition), x(x), partials(plan.partition) {}
+
+  void reduce(const Tile& tile, std::size_t segment) {
+    const std::size_t at = partials.at(segment, tile.channel);
+    kernels.stats(tile.block, tile.of(x), &partials.first[at], &partials.second[at]);
+  }
+
+  // Chan, Golub, LeVeque (1979): moments of a union from the moments of its parts. Calls result(channel, mean, var).
+  template <class Result>
+  void merge(std::size_t first_channel, std::size_t channels, const Result& result) const {
+    for (std::size_t c = first_channel; c < first_channel + channels; ++c) {
+      double count = 0, mean = 0, m2 = 0;
+      for (std::size_t segment = 0; segment < partition.segments(); ++segment) {
+        const Block block = tile_of(partition, segment, c, 1).block;
+        const double added = static_cast<double>(block.outer) * static_cast<double>(block.inner);
+        const double delta = partials.first[partials.at(segment, c)] - mean;
+        const double total = count + added;
+        mean += delta * (added / total);
+        m2 += partials.second[partials.at(segment, c)] + delta * delta * (count * (added / total));
+        count = total;
+      }
+      result(c, mean, m2 / count);
+    }
+  }
+};
+
+// The reduction of a backward pass and its merge.
+template <class T>
+struct GradientReduction {
+  const Kernels<T>& kernels;
+  const Partition& partition;
+  Operand<const T> dy, x;
+  const Normalization<T>& normalization;
+  Activation activation;
+  Partials partials;
+
+  GradientReduction(const Plan& plan, Operand<const T> dy, Operand<const T> x, const Normalization<T>& normalization,
+                    Activation activation)
+      : kernels(kernels_for<T>(plan.partition.extents)),
+        partition(plan.partition),
+        dy(dy),
+        x(x),
+        normalization(normalization),
+        activation(activation),
+        partials(plan.partition) {}
+
+  void reduce(const Tile& tile, std::size_t segment) {
+    const std::size_t at = partials.at(segment, tile.channel);
+    kernels.backward_reduce(tile.block, tile.of(dy), tile.of(x), normalization.mean + tile.channel,
+                            normalization.affine().from(tile.channel), activation, &partials.first[at],
+                            &partials.second[at]);
+  }
+
+  void merge(std::size_t first_channel, std::size_t channels, double* sum_dy, double* sum_dy_xmu) const {
+    for (std::size_t c = first_channel; c < first_channel + channels; ++c) {
+      sum_dy[c] = sum_dy_xmu[c] = 0;
+      for (std::size_t segment = 0; segment < partition.segments(); ++segment) {
+        sum_dy[c] += partials.first[partials.at(segment, c)];
+        sum_dy_xmu[c] += partials.second[partials.at(segment, c)];
+      }
+    }
+  }
+};
+
+// What dx depends on besides dy, x and the normalization: dx = (dz - mean(dz) - (x - mean) * invstd^2 * mean((x - mean)
+// dz)) * scale.
+template <class T>
+struct GradientCoefficients {
+  std::vector<T> mean_dy, slope;
+
+  explicit GradientCoefficients(std::size_t channels) : mean_dy(channels), slope(channels) {}
+
+  void set(std::size_t c, double invstd, double sum_dy, double sum_dy_xmu, double count) {
+    mean_dy[c] = static_cast<T>(sum_dy / count);
+    slope[c] = static_cast<T>(-invstd * invstd * (sum_dy_xmu / count));
+  }
+  GradientAffine<T> from(std::size_t c) const { return {mean_dy.data() + c, slope.data() + c}; }
+};
+
+}  // namespace
+
+template <class T>
+void Normalization<T>::set(std::size_t c, double channel_mean, double var, Parameter weight, Parameter bias,
+                           double eps) {
+  mean[c] = channel_mean;
+  invstd[c] = 1 / std::sqrt(var + eps);
+  center_hi[c] = static_cast<T>(channel_mean);
+  center_lo[c] = static_cast<T>(channel_mean - static_cast<double>(center_hi[c]));
+  scale[c] = static_cast<T>(weight ? weight[c] * invstd[c] : invstd[c]);
+  shift[c] = static_cast<T>(bias ? bias[c] : 0);
+}
+
+template <class T>
+void batch_norm_stats(const Extents& extents, Operand<const T> x, double* mean, double* var) {
+  const Plan plan = plan_reduction(extents, sizeof(T));
+  StatsReduction<T> stats(plan, x);
+  run_reduction(
+      plan, [&](const Tile& tile, std::size_t segment) { stats.reduce(tile, segment); },
+      [&](std::size_t first, std::size_t channels) {
+        stats.merge(first, channels, [&](std::size_t c, double channel_mean, double channel_var) {
+          mean[c] = channel_mean;
+          var[c] = channel_var;
+        });
+      });
+}
+
+template <class T>
+void batch_norm_forward(const Extents& extents, Operand<const T> x, Operand<T> y, Parameter weight, Parameter bias,
+                        double eps, Activation activation, double* var, const Normalization<T>& normalization) {
+  const Plan plan = plan_reduction_and_application(extents, sizeof(T));
+  StatsReduction<T> stats(plan, x);
+  Normalization<T> n = normalization;
+  run(
+      plan, [&](const Tile& tile, std::size_t segment) { stats.reduce(tile, segment); },
+      [&](std::size_t first, std::size_t channels) {
+        stats.merge(first, channels, [&](std::size_t c, double channel_mean, double channel_var) {
+          var[c] = channel_var;
+          n.set(c, channel_mean, channel_var, weight, bias, eps);
+        });
+      },
+      [&](const Tile& tile) {
+        stats.kernels.elemt(tile.block, tile.reversed(x), tile.reversed(y), n.affine().from(tile.channel), activation);
+      });
+}
+
+template <class T>
+void batch_norm_elemt(const Extents& extents, Operand<const T> x, Operand<T> y, const Normalization<T>& normalization,
+                      Activation activation) {
+  const Kernels<T>& kernels = kernels_for<T>(extents);
+  run_application(plan_application(extents, sizeof(T)), [&](const Tile& tile) {
+    kernels.elemt(tile.block, tile.of(x), tile.of(y), normalization.affine().from(tile.channel), activation);
+  });
+}
+
+template <class T>
+void batch_norm_backward(const Extents& extents, Operand<const T> dy, Operand<const T> x, Operand<T> dx,
+                         const Normalization<T>& normalization, Activation activation, bool training, double* sum_dy,
+                         double* sum_dy_xmu) {
+  const Plan plan = plan_reduction_and_application(extents, 2 * sizeof(T));
+  const double count = static_cast<double>(extents.per_channel());
+  GradientReduction<T> sums(plan, dy, x, normalization, activation);
+  GradientCoefficients<T> coefficients(extents.channels);
+  run(
+      plan, [&](const Tile& tile, std::size_t segment) { sums.reduce(tile, segment); },
+      [&](std::size_t first, std::size_t channels) {
+        sums.merge(first, channels, sum_dy, sum_dy_xmu);
+        for (std::size_t c = first; c < first + channels; ++c)
+          coefficients.set(c, normalization.invstd[c], sum_dy[c], sum_dy_xmu[c], count);
+      },
+      [&](const Tile& tile) {
+        const GradientAffine<T> gradient = coefficients.from(tile.channel);
+        sums.kernels.backward_elemt(tile.block, tile.reversed(dy), tile.reversed(x), tile.reversed(dx),
+                                    normalization.affine().from(tile.channel), training ? &gradient : nullptr,
+                                    activation);
+      });
+}
+
+template <class T>
+void batch_norm_backward_reduce(const Extents& extents, Operand<const T> dy, Operand<const T> x,
+                                const Normalization<T>& normalization, Activation activation, double* sum_dy,
+                                double* sum_dy_xmu) {
+  const Plan plan = plan_reduction(extents, 2 * sizeof(T));
+  GradientReduction<T> sums(plan, dy, x, normalization, activation);
+  run_reduction(
+      plan, [&](const Tile& tile, std::size_t segment) { sums.reduce(tile, segment); },
+      [&](std::size_t first, std::size_t channels) { sums.merge(first, channels, sum_dy, sum_dy_xmu); });
+}
+
+template <class T>
+void batch_norm_backward_elemt(const Extents& extents, Operand<const T> dy, Operand<const T> x, Operand<T> dx,
+                               const Normalization<T>& normalization, Activation activation, const GradientSums* sums) {
+  const Kernels<T>& kernels = kernels_for<T>(extents);
+  GradientCoefficients<T> coefficients(sums ? extents.channels : 0);
+  if (sums)
+    for (std::size_t c = 0; c < extents.channels; ++c)
+      coefficients.set(c, normalization.invstd[c], sums->sum_dy[c], sums->sum_dy_xmu[c], sums->count);
+  run_application(plan_application(extents, 2 * sizeof(T)), [&](const Tile& tile) {
+    const GradientAffine<T> gradient = coefficients.from(tile.channel);
+    kernels.backward_elemt(tile.block, tile.of(dy), tile.of(x), tile.of(dx), normalization.affine().from(tile.channel),
+                           sums ? &gradient : nullptr, activation);
+  });
+}
+
+void RunningStatistic::update(std::size_t channels, const double* batch, double factor, double momentum) const {
+  const auto blend = [&](double old, std::size_t c) { return (1 - momentum) * old + momentum * (factor * batch[c]); };
+  for (std::size_t c = 0; c < channels; ++c) {
+    char* at = data + static_cast<std::ptrdiff_t>(c) * byte_stride;
+    if (is_double)
+      *reinterpret_cast<double*>(at) = blend(*reinterpret_cast<double*>(at), c);
+    else
+      *reinterpret_cast<float*>(at) = static_cast<float>(blend(*reinterpret_cast<float*>(at), c));
+  }
+}
+
+#define PYBN_INSTANTIATE(T)                                                                                          \
+  template struct Normalization<T>;                                                                                  \
+  template void batch_norm_stats(const Extents&, Operand<const T>, double*, double*);                                \
+  template void batch_norm_forward(const Extents&, Operand<const T>, Operand<T>, Parameter, Parameter, double,       \
+                                   Activation, double*, const Normalization<T>&);                                    \
+  template void batch_norm_elemt(const Extents&, Operand<const T>, Operand<T>, const Normalization<T>&, Activation); \
+  template void batch_norm_backward(const Extents&, Operand<const T>, Operand<const T>, Operand<T>,                  \
+                                    const Normalization<T>&, Activation, bool, double*, double*);                    \
+  template void batch_norm_backward_reduce(const Extents&, Operand<const T>, Operand<const T>,                       \
+                                           const Normalization<T>&, Activation, double*, double*);                   \
+  template void batch_norm_backward_elemt(const Extents&, Operand<const T>, Operand<const T>, Operand<T>,            \
+                                          const Normalization<T>&, Activation, const GradientSums*);
+
+PYBN_INSTANTIATE(float)
+PYBN_INSTANTIATE(double)
+
+}  // namespace pybn

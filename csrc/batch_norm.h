@@ -1,0 +1,84 @@
+// Batch norm on strided arrays: statistics (a reduction) -> a per-channel affine map -> an application of that map.
+//
+// Every function is a template over the data type T (float, double). Per-channel values are double, except for the
+// affine map that the kernels apply, which is T. Results are the same bits for any number of threads.
+#pragma once
+
+#include <cstddef>
+
+#include "kernel_table.h"
+#include "layout.h"
+
+namespace pybn {
+
+// A per-channel parameter as the caller holds it: float or double, any stride, or absent.
+struct Parameter {
+  const char* data = nullptr;
+  std::ptrdiff_t byte_stride = 0;
+  bool is_double = false;
+
+  explicit operator bool() const { return data != nullptr; }
+  double operator[](std::size_t c) const {
+    const char* at = data + static_cast<std::ptrdiff_t>(c) * byte_stride;
+    return is_double ? *reinterpret_cast<const double*>(at) : static_cast<double>(*reinterpret_cast<const float*>(at));
+  }
+};
+
+// The statistics that an affine map is made from, and the map itself, for all channels. The caller owns the memory.
+template <class T>
+struct Normalization {
+  double *mean, *invstd;
+  T *center_hi, *center_lo, *scale, *shift;
+
+  Affine<T> affine() const { return {center_hi, center_lo, scale, shift}; }
+
+  // scale = weight / sqrt(var + eps); every product is rounded to T once.
+  void set(std::size_t c, double channel_mean, double var, Parameter weight, Parameter bias, double eps);
+};
+
+// Mean and biased variance of every channel. Needs at least one value per channel, as all of these do.
+template <class T>
+void batch_norm_stats(const Extents&, Operand<const T> x, double* mean, double* var);
+
+// Training: statistics of x, then y = activation((x - mean) * invstd * weight + bias). Fills `var` (biased) and
+// `normalization`.
+template <class T>
+void batch_norm_forward(const Extents&, Operand<const T> x, Operand<T> y, Parameter weight, Parameter bias, double eps,
+                        Activation, double* var, const Normalization<T>& normalization);
+
+// y = activation(affine(x)), with a normalization that is already filled.
+template <class T>
+void batch_norm_elemt(const Extents&, Operand<const T> x, Operand<T> y, const Normalization<T>&, Activation);
+
+// The whole backward pass: the two sums, then dx, which in evaluation does not depend on them.
+template <class T>
+void batch_norm_backward(const Extents&, Operand<const T> dy, Operand<const T> x, Operand<T> dx,
+                         const Normalization<T>&, Activation, bool training, double* sum_dy, double* sum_dy_xmu);
+
+// sum_dy = sum(dz), sum_dy_xmu = sum((x - mean) * dz), dz being dy passed back through the activation.
+template <class T>
+void batch_norm_backward_reduce(const Extents&, Operand<const T> dy, Operand<const T> x, const Normalization<T>&,
+                                Activation, double* sum_dy, double* sum_dy_xmu);
+
+// The sums over `count` values per channel, of this batch or of several processes.
+struct GradientSums {
+  const double *sum_dy, *sum_dy_xmu;
+  double count;
+};
+
+// dx given the sums (training), or without them (evaluation: the statistics are constants).
+template <class T>
+void batch_norm_backward_elemt(const Extents&, Operand<const T> dy, Operand<const T> x, Operand<T> dx,
+                               const Normalization<T>&, Activation, const GradientSums* sums);
+
+// A running statistic as the caller holds it: running = (1 - momentum) * running + momentum * batch, computed in
+// double.
+struct RunningStatistic {
+  char* data = nullptr;
+  std::ptrdiff_t byte_stride = 0;
+  bool is_double = false;
+
+  void update(std::size_t channels, const double* batch, double factor, double momentum) const;
+};
+
+}  // namespace pybn

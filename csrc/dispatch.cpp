@@ -1,0 +1,64 @@
+#include "dispatch.h"
+
+#include <atomic>
+
+namespace pybn {
+
+extern const InstructionSet instruction_set_baseline;
+#if defined(PYBN_HAVE_AVX2)
+extern const InstructionSet instruction_set_avx2;
+#endif
+#if defined(PYBN_HAVE_AVX512)
+extern const InstructionSet instruction_set_avx512;
+#endif
+
+namespace {
+
+// The compiled sets that this CPU supports, best first. __builtin_cpu_supports also asks whether the operating system
+// saves the registers.
+std::vector<const InstructionSet*> detect() {
+  std::vector<const InstructionSet*> sets;
+#if defined(PYBN_HAVE_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma"))
+    sets.push_back(&instruction_set_avx512);
+#endif
+#if defined(PYBN_HAVE_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&instruction_set_avx2);
+#endif
+  sets.push_back(&instruction_set_baseline);
+  return sets;
+}
+
+const std::vector<const InstructionSet*>& detected() {
+  static const std::vector<const InstructionSet*> sets = detect();
+  return sets;
+}
+
+std::atomic<const InstructionSet*>& selected() {
+  static std::atomic<const InstructionSet*> set{detected().front()};
+  return set;
+}
+
+}  // namespace
+
+const InstructionSet& instruction_set() {
+  return *selected().load(std::memory_order_acquire);
+}
+
+std::vector<std::string> available_instruction_sets() {
+  std::vector<std::string> names;
+  for (const InstructionSet* set : detected()) names.emplace_back(set->name);
+  return names;
+}
+
+bool select_instruction_set(const std::string& name) {
+  for (const InstructionSet* set : detected())
+    if (name == set->name) {
+      selected().store(set, std::memory_order_release);
+      return true;
+    }
+  return false;
+}
+
+}  // namespace pybn

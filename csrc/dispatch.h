@@ -1,0 +1,32 @@
+// Which instruction set the kernels run with.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernel_table.h"
+
+namespace pybn {
+
+// The set in use: the best that this CPU supports, until select_instruction_set changes it.
+const InstructionSet& instruction_set();
+
+// Names of the compiled sets that this CPU supports, best first.
+std::vector<std::string> available_instruction_sets();
+
+// Returns false, and changes nothing, if no available set has that name.
+bool select_instruction_set(const std::string& name);
+
+template <class T>
+const KernelTable<T>& kernels();
+
+template <>
+inline const KernelTable<float>& kernels<float>() {
+  return instruction_set().float32;
+}
+template <>
+inline const KernelTable<double>& kernels<double>() {
+  return instruction_set().float64;
+}
+
+}  // namespace pybn

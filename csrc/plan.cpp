@@ -1,0 +1,124 @@
+#include "plan.h"
+
+#include <algorithm>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+#include "parallel.h"
+
+namespace pybn {
+namespace {
+
+// Values of one channel whose sums are kept in registers. Larger segments would leave too few tasks for tensors of few
+// channels, smaller ones would spend time on merging; 16384 floats also stream through L1 and half fill a small L2.
+constexpr std::size_t kSegment = 16384;
+
+// Rows of one segment in the rows layout: its sums are 16 bytes per channel, so 256 rows keep them below 2 % of the
+// traffic.
+constexpr std::size_t kSegmentRows = 256;
+
+// Runs of neighbouring channels shorter than this waste part of each DRAM page and of the hardware's prefetching.
+constexpr std::size_t kRunBytes = 16384;
+
+// Runs of fewer neighbouring channels in the rows layout would use only part of the lines that are fetched together.
+constexpr std::size_t kRowRun = 64;
+
+// Work of less than this is done sooner than another thread wakes (about 10 us).
+constexpr std::size_t kSerialBytes = 1 << 17;
+
+// What an application moves per task: enough to hide the cost of taking a task, little enough to balance two threads.
+constexpr std::size_t kApplicationBytes = 1 << 18;
+
+// Tasks per thread that even out threads of unequal speed.
+constexpr std::size_t kTasksPerThread = 4;
+
+std::size_t ceil_div(std::size_t a, std::size_t b) {
+  return (a + b - 1) / b;
+}
+std::size_t round_up(std::size_t a, std::size_t b) {
+  return ceil_div(a, b) * b;
+}
+
+std::size_t l2_bytes() {
+  static const std::size_t bytes = [] {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (size > 0) return static_cast<std::size_t>(size);
+#endif
+    return std::size_t{1} << 20;
+  }();
+  return bytes;
+}
+
+int threads_for(const Extents& e, std::size_t bytes_per_value) {
+  return e.per_channel() * e.channels * bytes_per_value < kSerialBytes ? 1 : get_num_threads();
+}
+
+std::size_t balanced_tasks(int threads) {
+  return threads == 1 ? 1 : kTasksPerThread * static_cast<std::size_t>(threads);
+}
+
+Partition reduction_partition(const Extents& e) {
+  if (e.is_rows()) return {e, std::max(kSegmentRows, ceil_div(4 * kSegment, e.channels)), 1};
+  if (e.inner < 2 * kSegment) return {e, std::max<std::size_t>(1, kSegment / e.inner), e.inner};
+  return {e, 1, round_up(ceil_div(e.inner, e.inner / kSegment), 64)};
+}
+
+// Channels per task of a plan in which segments and groups of channels are both spread over the threads.
+std::size_t shared_group(const Partition& partition, std::size_t bytes_per_value, int threads) {
+  const Extents& e = partition.extents;
+  const std::size_t tasks = balanced_tasks(threads);
+  const std::size_t balanced = std::max<std::size_t>(1, e.channels / ceil_div(tasks, partition.segments()));
+  if (e.is_rows()) return std::min(e.channels, round_up(balanced, kRowRun));
+  return std::min(balanced, ceil_div(kRunBytes, e.inner * bytes_per_value));
+}
+
+}  // namespace
+
+Tile tile_of(const Partition& partition, std::size_t segment, std::size_t first_channel, std::size_t channels) {
+  const std::size_t outer = segment / partition.inner_count() * partition.outer_step;
+  const std::size_t inner = segment % partition.inner_count() * partition.inner_step;
+  return {outer, first_channel, inner,
+          Block{std::min(partition.outer_step, partition.extents.outer - outer), channels,
+                std::min(partition.inner_step, partition.extents.inner - inner)}};
+}
+
+Plan plan_reduction_and_application(const Extents& e, std::size_t bytes_per_value) {
+  const Partition partition = reduction_partition(e);
+  const int threads = threads_for(e, bytes_per_value);
+  const std::size_t tasks = balanced_tasks(threads);
+
+  // A task keeps its channels to itself if what it reads twice stays in its L2 and every thread gets several such
+  // groups.
+  const std::size_t fitting = l2_bytes() * 4 / 5 / (e.per_channel() * bytes_per_value);
+  std::size_t group = std::min(fitting, e.channels / tasks);
+  if (e.is_rows())
+    group = group / kRowRun * kRowRun;
+  else
+    group = std::min(group, ceil_div(kRunBytes, e.inner * bytes_per_value));
+  if (group > 0) return {partition, group, group, true, threads};
+
+  // Otherwise the threads share a wave of channels, as few as keep them all busy.
+  group = shared_group(partition, bytes_per_value, threads);
+  const std::size_t wave = e.is_rows() ? e.channels : round_up(ceil_div(tasks, partition.segments()), group);
+  return {partition, group, wave, false, threads};
+}
+
+Plan plan_reduction(const Extents& e, std::size_t bytes_per_value) {
+  const Partition partition = reduction_partition(e);
+  const int threads = threads_for(e, bytes_per_value);
+  return {partition, shared_group(partition, bytes_per_value, threads), e.channels, false, threads};
+}
+
+Plan plan_application(const Extents& e, std::size_t bytes_per_value) {
+  const int threads = threads_for(e, bytes_per_value);
+  const std::size_t values = kApplicationBytes / bytes_per_value;
+  const std::size_t inner_step = std::min(e.inner, values);
+  const std::size_t group = std::clamp<std::size_t>(values / inner_step, 1, e.channels);
+  const std::size_t outer_step = std::max<std::size_t>(1, values / (inner_step * group));
+  return {Partition{e, outer_step, inner_step}, group, e.channels, false, threads};
+}
+
+}  // namespace pybn

@@ -1,0 +1,65 @@
+// How a tensor is cut into tasks.
+//
+// Two things must not be confused. The *partition* of a channel's values into segments decides the order of every sum,
+// so it depends on the shape alone. The *schedule* (how many channels a task takes, whether it keeps them from the
+// reduction to the application) decides only speed, so it may depend on the cache, the element size and the number of
+// threads.
+#pragma once
+
+#include <cstddef>
+
+#include "kernel_table.h"
+#include "layout.h"
+
+namespace pybn {
+
+// One channel's values, cut into segments of outer_step x inner_step.
+struct Partition {
+  Extents extents;
+  std::size_t outer_step, inner_step;
+
+  std::size_t outer_count() const { return (extents.outer + outer_step - 1) / outer_step; }
+  std::size_t inner_count() const { return (extents.inner + inner_step - 1) / inner_step; }
+  std::size_t segments() const { return outer_count() * inner_count(); }
+};
+
+// One task: a segment of some neighbouring channels.
+struct Tile {
+  std::size_t outer, channel, inner;  // where it begins
+  Block block;
+
+  // The operand's part of this tile.
+  template <class T>
+  Operand<T> of(const Operand<T>& operand) const {
+    return {operand.at(outer, channel, inner), operand.outer_stride, operand.channel_stride};
+  }
+  // The same, its outer axis reversed: what a reduction read last is read first, while it is still in the cache.
+  template <class T>
+  Operand<T> reversed(const Operand<T>& operand) const {
+    return {operand.at(outer + block.outer - 1, channel, inner), -operand.outer_stride, operand.channel_stride};
+  }
+};
+
+Tile tile_of(const Partition&, std::size_t segment, std::size_t first_channel, std::size_t channels);
+
+struct Plan {
+  Partition partition;
+  std::size_t group;   // neighbouring channels that one task handles together
+  std::size_t wave;    // channels that are reduced before they are applied; a multiple of group
+  bool private_slabs;  // a wave is one group, and one task reduces and applies it; other waves run beside it
+  int threads;
+
+  std::size_t channels() const { return partition.extents.channels; }
+};
+
+// For a reduction that is followed by an application to the same data; `bytes_per_value` counts every operand that is
+// read twice.
+Plan plan_reduction_and_application(const Extents&, std::size_t bytes_per_value);
+
+// For a reduction alone.
+Plan plan_reduction(const Extents&, std::size_t bytes_per_value);
+
+// For an application alone: its partition is free, since it sums nothing.
+Plan plan_application(const Extents&, std::size_t bytes_per_value);
+
+}  // namespace pybn

@@ -1,0 +1,255 @@
+"""What every argument must be, and the errors that say so.
+
+Each check names the argument, what it was and what it should have been, and runs before anything is written.
+
+Data (``x``, ``dy``) are float32 or float64 and decide the type of ``y`` and ``dx``. Per-channel arrays (weight, bias,
+running statistics) are float32 or float64 independently of the data: all per-channel arithmetic is float64, so neither
+combination loses anything before the one rounding of the result.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pybn import _core
+
+Array = npt.NDArray[Any]
+
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_FLOATS = (_FLOAT32, _FLOAT64)
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    return str(tuple(int(n) for n in shape))
+
+
+def as_float_array(name: str, value: npt.ArrayLike) -> Array:
+    """`value` as a plain ndarray of native float32 or float64; a view wherever possible."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array, whose mask would be ignored; pass {name}.data, or {name}.filled(...)"
+        )
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # whatever the foreign type's conversion raises
+        raise TypeError(f"{name} is a {type(value).__name__}, which cannot become a NumPy array: {error}") from error
+    if array.dtype in _FLOATS:
+        return array
+    native = array.dtype.newbyteorder("=")
+    if native in _FLOATS:
+        return array.astype(native)
+    raise TypeError(f"{name} has dtype {array.dtype}, expected float32 or float64")
+
+
+def data(name: str, value: npt.ArrayLike, channel_axis: int) -> tuple[Array, int]:
+    """A batch of data and its channel axis, which is 1 or the last."""
+    array = as_float_array(name, value)
+    if array.ndim < 2:
+        raise ValueError(
+            f"{name} has shape {shape_text(array.shape)}, expected at least 2 axes: a batch axis and a channel axis"
+        )
+    if channel_axis == 1:
+        return array, 1
+    if channel_axis in (-1, array.ndim - 1):
+        return array, array.ndim - 1
+    raise ValueError(f"channel_axis is {channel_axis!r}, expected 1 (NCHW) or -1 (NHWC)")
+
+
+def like(name: str, value: npt.ArrayLike, x: Array) -> Array:
+    """Data that must match `x` in shape and dtype."""
+    array = as_float_array(name, value)
+    if array.shape != x.shape:
+        raise ValueError(f"{name} has shape {shape_text(array.shape)}, expected {shape_text(x.shape)}, the shape of x")
+    if array.dtype != x.dtype:
+        raise TypeError(f"{name} has dtype {array.dtype}, expected {x.dtype}, the dtype of x")
+    return array
+
+
+def per_channel(name: str, value: npt.ArrayLike | None, channels: int, axis: int) -> Array | None:
+    """An optional per-channel parameter of shape (C,)."""
+    return None if value is None else required_per_channel(name, value, channels, axis)
+
+
+def required_per_channel(name: str, value: npt.ArrayLike, channels: int, axis: int) -> Array:
+    array = as_float_array(name, value)
+    if array.shape != (channels,):
+        raise ValueError(
+            f"{name} has shape {shape_text(array.shape)}, expected ({channels},) to match axis {axis} of x"
+        )
+    return array if array.flags.aligned else array.copy()
+
+
+def variance(name: str, value: npt.ArrayLike, channels: int, axis: int) -> Array:
+    array = required_per_channel(name, value, channels, axis)
+    c = _core.first_negative(array)
+    if c >= 0:
+        raise ValueError(f"{name} is negative in channel {c} ({array[c]!s}), expected values >= 0")
+    return array
+
+
+def updatable(name: str, value: Any, channels: int, axis: int) -> Array:
+    """A running statistic, which is updated in place and so must be an ndarray that can be."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a NumPy array, because it is updated in place")
+    if not value.dtype.isnative:
+        raise TypeError(
+            f"{name} is byte-swapped ({value.dtype}), expected native byte order, because it is updated in place"
+        )
+    array = as_float_array(name, value)
+    if array.shape != (channels,):
+        raise ValueError(
+            f"{name} has shape {shape_text(array.shape)}, expected ({channels},) to match axis {axis} of x"
+        )
+    _require_writable(name, array, "it is updated in place")
+    if not array.flags.aligned:
+        raise ValueError(f"{name} is not aligned in memory, expected an aligned array, because it is updated in place")
+    return array
+
+
+def running_statistics(mean: Any, var: Any, channels: int, axis: int) -> tuple[Array, Array] | tuple[None, None]:
+    """Both running statistics, to be updated, or neither."""
+    if mean is None and var is None:
+        return None, None
+    if mean is None or var is None:
+        missing, given = ("running_mean", "running_var") if mean is None else ("running_var", "running_mean")
+        raise ValueError(f"{missing} is None but {given} is not, expected both or neither")
+    mean = updatable("running_mean", mean, channels, axis)
+    var = updatable("running_var", var, channels, axis)
+    variance("running_var", var, channels, axis)
+    if np.may_share_memory(mean, var) and np.shares_memory(mean, var):
+        raise ValueError("running_mean and running_var share memory, expected two separate arrays")
+    return mean, var
+
+
+def _require_writable(name: str, array: Array, why: str) -> None:
+    if not array.flags.writeable:
+        raise ValueError(f"{name} is read-only, expected a writable array, because {why}")
+    if 0 in array.strides and any(n > 1 and not step for n, step in zip(array.shape, array.strides, strict=True)):
+        raise ValueError(
+            f"{name} is a broadcast view (a stride of 0), expected an array with an element of its own at every index"
+        )
+
+
+def output(name: str, value: Any, x: Array, inputs: dict[str, Array | None]) -> Array:
+    """An array for results of x's shape and dtype: it may be one of the inputs of that shape, but not overlap any in
+    part.
+    """
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a NumPy array")
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be ignored; pass {name}.data")
+    if value.shape != x.shape:
+        raise ValueError(f"{name} has shape {shape_text(value.shape)}, expected {shape_text(x.shape)}, the shape of x")
+    if value.dtype != x.dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}, expected {x.dtype}, the dtype of x")
+    array = np.asarray(value)
+    _require_writable(name, array, "results are written to it")
+    for other, given in inputs.items():
+        if given is not None and overlaps_in_part(array, given):
+            raise ValueError(f"{name} overlaps {other} in part, expected a separate array or exactly {other}")
+    return array
+
+
+def is_same_memory(a: Array, b: Array) -> bool:
+    """Whether two arrays are element by element the same memory."""
+    return (
+        a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+        and a.shape == b.shape
+        and a.strides == b.strides
+        and a.dtype == b.dtype
+    )
+
+
+def overlaps_in_part(a: Array, b: Array) -> bool:
+    if not np.may_share_memory(a, b) or is_same_memory(a, b):
+        return False
+    effort: Any = 100_000  # the exact answer can take exponential time; its type is declared too narrow
+    try:
+        return bool(np.shares_memory(a, b, max_work=effort))
+    except np.exceptions.TooHardError:
+        return True
+
+
+def epsilon(eps: float) -> float:
+    if not _is_real(eps) or not math.isfinite(eps) or eps <= 0:
+        raise ValueError(f"eps is {eps!r}, expected a finite number > 0")
+    return float(eps)
+
+
+def factor(momentum: float | None) -> float:
+    """The weight of a new batch in the running statistics."""
+    if momentum is None:
+        raise ValueError(
+            "momentum is None, which means a cumulative average; only a layer, which counts its batches, can keep one"
+        )
+    if not _is_real(momentum) or not 0 <= momentum <= 1:
+        raise ValueError(f"momentum is {momentum!r}, expected a number in [0, 1], the weight of the new batch")
+    return float(momentum)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+_ACTIVATIONS = {None: _core.Activation.none, "relu": _core.Activation.relu}
+
+
+def activation(name: str | None) -> _core.Activation:
+    try:
+        return _ACTIVATIONS[name]
+    except (KeyError, TypeError):
+        raise ValueError(f"activation is {name!r}, expected one of {', '.join(map(repr, _ACTIVATIONS))}") from None
+
+
+def require_several_values(x: Array, axis: int) -> None:
+    """Training needs a variance: more than one value per channel."""
+    channels = x.shape[axis]
+    if channels and x.size == channels:
+        raise ValueError(
+            f"x has shape {shape_text(x.shape)}, one value per channel; expected more than one when training"
+        )
+
+
+def for_kernels(axis: int, first: Array, *others: Array) -> tuple[Array, ...]:
+    """The arrays as the kernels can follow them: unchanged wherever strides allow, otherwise copied to contiguous
+    memory.
+
+    The kernels follow one outer stride and one contiguous inner extent (or contiguous channels); this covers contiguous
+    arrays, slices along the batch or the channels and transposed views. Anything else is copied, once.
+    """
+    arrays = (first, *others)
+    if all(a.flags.c_contiguous and a.flags.aligned for a in arrays):
+        return arrays
+    if all(a.flags.aligned for a in arrays) and _core.has_layout(axis, *arrays):
+        return arrays
+    return tuple(np.ascontiguousarray(a) if a.flags.aligned else a.copy(order="C") for a in arrays)
+
+
+class Result:
+    """Where a result of x's shape goes: the caller's `out`, or a new array laid out as x is.
+
+    ``target`` is what the kernels write; ``finish()`` returns the caller's array, after copying to it if the kernels
+    could not follow its strides.
+    """
+
+    def __init__(self, axis: int, out: Array | None, *inputs: Array) -> None:
+        self.inputs = for_kernels(axis, *inputs)
+        first = self.inputs[0]
+        self._out = out
+        if out is not None and out.flags.aligned and _core.has_layout(axis, *self.inputs, out):
+            self.target = out
+        else:
+            self.target = _core.empty_like(first)
+            if not _core.has_layout(axis, *self.inputs, self.target):  # zero strides of an input are not laid out again
+                self.inputs = tuple(np.ascontiguousarray(a) for a in self.inputs)
+                self.target = _core.empty_like(self.inputs[0])
+
+    def finish(self) -> Array:
+        if self._out is None or self._out is self.target:
+            return self.target
+        self._out[...] = self.target
+        return self._out

@@ -1,0 +1,279 @@
+"""Batch norm layers for NumPy, with the parameters, buffers and semantics of ``torch.nn``."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pybn import _arrays
+from pybn._arrays import Array
+from pybn.functional import Saved, batch_norm_backward, batch_norm_forward
+
+
+class _BatchNorm:
+    """Batch normalization over the channel axis of its input.
+
+    In training the input is normalized with its own statistics, and the running statistics move towards them; in
+    evaluation the running statistics are used (with ``track_running_stats=False`` always the input's own).
+
+    Parameters
+    ----------
+    num_features : int
+        C, the number of channels; at least 1.
+    eps : float
+    momentum : float in [0, 1] or None
+        Weight of the new batch in the running statistics; None keeps the average of all batches seen.
+    affine : bool
+        Whether there are a weight (initially 1) and a bias (initially 0).
+    track_running_stats : bool
+        Whether there are running statistics (initially mean 0, variance 1).
+    activation : None or "relu"
+        Applied to the output in the same pass over memory.
+    channel_axis : 1 or -1
+    dtype : float32 or float64
+        Of parameters and running statistics; the data may be either.
+    check_finite : bool
+        Raise a ValueError if an input has NaN or Inf, before anything changes.
+
+    Attributes
+    ----------
+    weight, bias : (C,) arrays or None
+    running_mean, running_var : (C,) arrays or None
+    num_batches_tracked : int64 array of shape (), or None
+    weight_grad, bias_grad : (C,) arrays or None
+        Gradients, accumulated by `backward` until `zero_grad`.
+    training : bool
+
+    Notes
+    -----
+    Calls in evaluation may run in several threads at once; calls in training wait for one another. `backward` belongs
+    to the last call.
+    """
+
+    _input_ranks: tuple[int, ...] = ()
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        activation: str | None = None,
+        channel_axis: int = 1,
+        dtype: npt.DTypeLike = np.float32,
+        check_finite: bool = False,
+    ) -> None:
+        if not isinstance(num_features, (int, np.integer)) or isinstance(num_features, bool):
+            raise TypeError(f"num_features is {num_features!r}, expected an integer >= 1")
+        if num_features < 1:
+            raise ValueError(f"num_features is {num_features}, expected at least 1")
+        if channel_axis not in (1, -1):
+            raise ValueError(f"channel_axis is {channel_axis!r}, expected 1 (NCHW) or -1 (NHWC)")
+        dtype = np.dtype(dtype)
+        if dtype not in (np.float32, np.float64):
+            raise TypeError(f"dtype is {dtype}, expected float32 or float64")
+        _arrays.activation(activation)
+        self.num_features = int(num_features)
+        self.eps = _arrays.epsilon(eps)
+        self.momentum = None if momentum is None else _arrays.factor(momentum)
+        self.affine = bool(affine)
+        self.track_running_stats = bool(track_running_stats)
+        self.activation = activation
+        self.channel_axis = channel_axis
+        self.check_finite = bool(check_finite)
+        self.training = True
+
+        self.weight: Array | None = np.ones(num_features, dtype) if affine else None
+        self.bias: Array | None = np.zeros(num_features, dtype) if affine else None
+        self.running_mean: Array | None = np.zeros(num_features, dtype) if track_running_stats else None
+        self.running_var: Array | None = np.ones(num_features, dtype) if track_running_stats else None
+        self.num_batches_tracked: Array | None = np.zeros((), np.int64) if track_running_stats else None
+        self.weight_grad: Array | None = None
+        self.bias_grad: Array | None = None
+        self._saved: Saved | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, x: npt.ArrayLike, *, out: Array | None = None) -> Array:
+        """Normalize `x`; see `pybn.batch_norm` for shapes, types and errors."""
+        self._check_shape(x)
+        if not self.training:
+            return self._forward(x, out, momentum=0.0)
+        with self._lock:
+            counter = self.num_batches_tracked
+            if counter is None:
+                return self._forward(x, out, momentum=0.0)
+            momentum = 1 / (int(counter) + 1) if self.momentum is None else self.momentum
+            y = self._forward(x, out, momentum)
+            counter += 1  # after the pass, so that an error leaves all three statistics as they were
+            return y
+
+    def _forward(self, x: npt.ArrayLike, out: Array | None, momentum: float) -> Array:
+        y, self._saved = batch_norm_forward(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            training=self.training or not self.track_running_stats,
+            momentum=momentum,
+            eps=self.eps,
+            activation=self.activation,
+            channel_axis=self.channel_axis,
+            out=out,
+            check_finite=self.check_finite,
+        )
+        return y
+
+    def backward(self, dy: npt.ArrayLike, *, out: Array | None = None) -> Array:
+        """Gradient of the last call's input; adds those of weight and bias to `weight_grad` and `bias_grad`.
+
+        Raises
+        ------
+        RuntimeError
+            If there was no call since the last backward pass.
+        """
+        saved = self._saved
+        if saved is None:
+            raise RuntimeError(
+                "backward needs a forward call before it, and each forward call serves one backward pass"
+            )
+        dx, dweight, dbias = batch_norm_backward(dy, saved, out=out)
+        self._saved = None  # frees x
+        if dweight is not None:
+            self.weight_grad = dweight if self.weight_grad is None else self.weight_grad + dweight
+        if dbias is not None:
+            self.bias_grad = dbias if self.bias_grad is None else self.bias_grad + dbias
+        assert dx is not None
+        return dx
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.weight_grad = self.bias_grad = None
+
+    def train(self, mode: bool = True) -> _BatchNorm:
+        """Switch to training (or, with False, to evaluation). Returns the layer."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> _BatchNorm:
+        """Switch to evaluation. Returns the layer."""
+        return self.train(False)
+
+    def reset_running_stats(self) -> None:
+        """Set the running statistics to mean 0, variance 1, no batches."""
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            self.running_mean[...] = 0
+            self.running_var[...] = 1
+            self.num_batches_tracked[...] = 0
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1, bias to 0, and reset the running statistics."""
+        self.reset_running_stats()
+        if self.weight is not None and self.bias is not None:
+            self.weight[...] = 1
+            self.bias[...] = 0
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of parameters and running statistics, under the names and with the shapes of PyTorch's layer."""
+        return {name: value.copy() for name, value in self._state().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Take parameters and running statistics from `state`: arrays or torch tensors, as `state_dict` gives them.
+
+        Values are converted to the layer's dtype. With ``strict=False`` missing and unknown names are passed over.
+
+        Raises
+        ------
+        KeyError
+            A missing or unknown name.
+        ValueError
+            A value of another shape, or a negative variance. The layer is unchanged after any error.
+        """
+        own = self._state()
+        missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
+        missing -= {"num_batches_tracked"}  # absent from old checkpoints, as PyTorch allows
+        if strict and (missing or unknown):
+            raise KeyError(
+                f"state has missing names {sorted(missing)} and unknown names {sorted(unknown)}, expected {list(own)}"
+            )
+        values = {name: _state_value(name, state[name], own[name]) for name in own if name in state}
+        for name, value in values.items():
+            own[name][...] = value
+
+    def _state(self) -> dict[str, Array]:
+        names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def _check_shape(self, x: npt.ArrayLike) -> None:
+        shape = np.shape(x)
+        if len(shape) not in self._input_ranks:
+            ranks = " or ".join(map(str, self._input_ranks))
+            raise ValueError(
+                f"x has shape {_arrays.shape_text(shape)}, expected {ranks} axes for {type(self).__name__}"
+            )
+        if shape[self.channel_axis] != self.num_features:
+            raise ValueError(
+                f"x has shape {_arrays.shape_text(shape)}, expected {self.num_features} channels (num_features) "
+                f"on axis {self.channel_axis}"
+            )
+
+    def __repr__(self) -> str:
+        text = (
+            f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, track_running_stats={self.track_running_stats}"
+        )
+        if self.activation is not None:
+            text += f", activation={self.activation!r}"
+        if self.channel_axis != 1:
+            text += f", channel_axis={self.channel_axis}"
+        return text + ")"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: all but the lock and what is saved for a backward pass."""
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_saved")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _saved=None, _lock=threading.Lock())
+
+
+def _state_value(name: str, value: Any, own: Array) -> Array:
+    try:
+        array = np.asarray(value)
+    except Exception as error:
+        raise TypeError(f"{name} is a {type(value).__name__}, which cannot become a NumPy array: {error}") from error
+    if array.shape != own.shape:
+        raise ValueError(
+            f"{name} has shape {_arrays.shape_text(array.shape)}, expected {_arrays.shape_text(own.shape)}"
+        )
+    if not np.can_cast(array.dtype, own.dtype, "same_kind"):
+        raise TypeError(f"{name} has dtype {array.dtype}, expected {own.dtype}")
+    if name == "running_var" and (array < 0).any():
+        raise ValueError(f"running_var is negative in channel {int(np.argmax(array < 0))}, expected values >= 0")
+    return array
+
+
+class BatchNorm1d(_BatchNorm):
+    """Input has shape (N, C) or (N, C, L); with ``channel_axis=-1`` (N, C) or (N, L, C)."""
+
+    __doc__ = f"{_BatchNorm.__doc__}\n    {__doc__}\n    "
+    _input_ranks = (2, 3)
+
+
+class BatchNorm2d(_BatchNorm):
+    """Input has shape (N, C, H, W); with ``channel_axis=-1`` (N, H, W, C)."""
+
+    __doc__ = f"{_BatchNorm.__doc__}\n    {__doc__}\n    "
+    _input_ranks = (4,)
+
+
+class BatchNorm3d(_BatchNorm):
+    """Input has shape (N, C, D, H, W); with ``channel_axis=-1`` (N, D, H, W, C)."""
+
+    __doc__ = f"{_BatchNorm.__doc__}\n    {__doc__}\n    "
+    _input_ranks = (5,)
