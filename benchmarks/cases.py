@@ -1,6 +1,7 @@
 """What is measured: operations on the shapes of ResNet-50 at batch 32, and who performs them.
 
-Every contender is a function without arguments that performs one operation once; `contenders` builds them for one shape, on the same data.
+Every contender is a function without arguments that performs one operation once; `contenders` builds them for one
+shape, on the same data.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def l2_bytes() -> int:
 
 
 def contenders(shape: Shape) -> dict[tuple[str, str], Callable[[], object]]:
-    """Functions by (operation, contender): contenders are "out" and "fresh" (ours), "torch" (eager, fresh) and "memcpy"."""
+    """Functions by (operation, contender): contenders are "out" and "fresh" (ours), "torch" (eager, fresh) and
+    "memcpy"."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal(shape.dims, dtype=np.float32)
     dy = rng.standard_normal(shape.dims, dtype=np.float32)

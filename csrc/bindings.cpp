@@ -38,7 +38,9 @@ void require(bool condition, const char* what) {
 // Calls f with a value of the array's element type.
 template <class F>
 auto with_dtype(const py::array& x, F f) {
-  if (py::isinstance<py::array_t<float>>(x)) return f(float{});
+  if (x.dtype().is(py::dtype::of<float>())) return f(float{});
+  if (x.dtype().is(py::dtype::of<double>())) return f(double{});
+  if (py::isinstance<py::array_t<float>>(x)) return f(float{});  // another object for the same type
   if (py::isinstance<py::array_t<double>>(x)) return f(double{});
   throw std::invalid_argument("expected a native float32 or float64 array");
 }
@@ -68,7 +70,7 @@ class Problem {
       require(
           array->ndim() == first.ndim() && std::equal(array->shape(), array->shape() + array->ndim(), first.shape()),
           "shapes differ");
-      require(array->dtype().equal(first.dtype()), "dtypes differ");
+      require(array->dtype().is(first.dtype()) || array->dtype().equal(first.dtype()), "dtypes differ");
     }
     std::optional<Layout> layout = layout_of(channel_axis, arrays_);
     require(layout.has_value(), "strides that the kernels cannot follow");

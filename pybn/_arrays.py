@@ -214,41 +214,43 @@ def require_several_values(x: Array, axis: int) -> None:
         )
 
 
-def for_kernels(axis: int, first: Array, *others: Array) -> tuple[Array, ...]:
-    """The arrays as the kernels can follow them: unchanged wherever strides allow, otherwise copied to contiguous
-    memory.
+def can_follow(axis: int, *arrays: Array) -> bool:
+    """Whether the kernels can follow the strides of these arrays together.
 
-    The kernels follow one outer stride and one contiguous inner extent (or contiguous channels); this covers contiguous
-    arrays, slices along the batch or the channels and transposed views. Anything else is copied, once.
+    They follow one outer stride and one contiguous inner extent (or contiguous channels), which covers contiguous
+    arrays, slices along the batch or the channels, and transposed views.
     """
-    arrays = (first, *others)
-    if all(a.flags.c_contiguous and a.flags.aligned for a in arrays):
-        return arrays
-    if all(a.flags.aligned for a in arrays) and _core.has_layout(axis, *arrays):
-        return arrays
-    return tuple(np.ascontiguousarray(a) if a.flags.aligned else a.copy(order="C") for a in arrays)
+    flags = [array.flags for array in arrays]
+    if not all(f.aligned for f in flags):
+        return False
+    return all(f.c_contiguous for f in flags) or _core.has_layout(axis, *arrays)
+
+
+def for_kernels(axis: int, *arrays: Array) -> tuple[Array, ...]:
+    """The arrays as they are if the kernels can follow them, otherwise contiguous copies."""
+    return arrays if can_follow(axis, *arrays) else tuple(np.array(a, order="C") for a in arrays)
 
 
 class Result:
     """Where a result of x's shape goes: the caller's `out`, or a new array laid out as x is.
 
-    ``target`` is what the kernels write; ``finish()`` returns the caller's array, after copying to it if the kernels
-    could not follow its strides.
+    ``inputs`` and ``target`` are what the kernels get; ``finish()`` returns the caller's array, after copying to it if
+    the kernels could not follow its strides.
     """
 
     def __init__(self, axis: int, out: Array | None, *inputs: Array) -> None:
         self.inputs = for_kernels(axis, *inputs)
-        first = self.inputs[0]
         self._out = out
-        if out is not None and out.flags.aligned and _core.has_layout(axis, *self.inputs, out):
+        if out is not None and can_follow(axis, *self.inputs, out):
             self.target = out
-        else:
-            self.target = _core.empty_like(first)
-            if not _core.has_layout(axis, *self.inputs, self.target):  # zero strides of an input are not laid out again
-                self.inputs = tuple(np.ascontiguousarray(a) for a in self.inputs)
-                self.target = _core.empty_like(self.inputs[0])
+            return
+        self.target = _core.empty_like(self.inputs[0])
+        if not can_follow(axis, *self.inputs, self.target):  # the inputs repeat elements (strides of 0); no result may
+            self.inputs = tuple(np.array(a, order="C") for a in inputs)
+            self.target = _core.empty_like(self.inputs[0])
 
     def finish(self) -> Array:
+        """Return the array that the caller is to have."""
         if self._out is None or self._out is self.target:
             return self.target
         self._out[...] = self.target

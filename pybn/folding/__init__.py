@@ -1,0 +1,34 @@
+"""Removing evaluation-mode batch norms by pushing their affine map into linear operators.
+
+Read in this order; each file uses only those above it:
+
+- ``reasons``  why a batch norm is left alone: the codes, and what would unlock each
+- ``affine``   the map ``y = scale * x + shift`` that a batch norm is, and its rounding
+- ``weights``  the array algebra: a map absorbed by the weights of a linear operator
+- ``graph``    what a rule may ask of an ONNX graph: constants and shapes
+- ``rules``    one function per operator: how a map that follows it passes through it
+- ``report``   what was folded, what was left, and what the check found
+- ``onnx``     the fold of a whole model
+- ``files``    reading models without trusting them, writing them atomically
+- ``verify``   the proof that a folded model computes what the original did
+
+Importing this package needs NumPy only; `fold_onnx` needs ``pybn[onnx]``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pybn.folding.affine import Affine
+from pybn.folding.reasons import FoldError, Reason
+from pybn.folding.weights import fold_conv, fold_linear
+
+__all__ = ["Affine", "FoldError", "Reason", "fold_conv", "fold_linear", "fold_onnx"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "fold_onnx":  # imported on first use, because it needs onnx
+        from pybn.folding.onnx import fold_onnx
+
+        return fold_onnx
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

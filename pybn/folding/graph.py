@@ -1,0 +1,187 @@
+"""What a rule may ask of an ONNX graph: constants and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from pybn.folding.reasons import Reason, Refusal
+
+STANDARD_DOMAINS = ("", "ai.onnx")
+
+# Before IR version 4 an initializer had to be listed among the graph inputs; it is a constant all
+# the same. Since then a listed one is a default that the caller may override.
+OVERRIDABLE_SINCE_IR = 4
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A graph of a model, where it is, and the opset it is written in."""
+
+    label: str
+    graph: ir.Graph
+    opset: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.label == MAIN
+
+
+MAIN = "main"
+
+
+def scopes(model: ir.Model) -> Iterator[Scope]:
+    """Walk the main graph, the local functions and all their subgraphs, in file order."""
+    yield from _nested(MAIN, model.graph, _standard_opset(model.opset_imports))
+    for function in model.functions.values():
+        label = f"function {function.domain}::{function.name}"
+        yield from _nested(label, function.graph, _standard_opset(function.opset_imports))
+
+
+def _nested(label: str, graph: ir.Graph, opset: int) -> Iterator[Scope]:
+    yield Scope(label, graph, opset)
+    for position, node in enumerate(graph):
+        for attribute in node.attributes.values():
+            if attribute.is_ref():
+                continue
+            if attribute.type == ir.AttributeType.GRAPH:
+                inside = [attribute.as_graph()]
+            elif attribute.type == ir.AttributeType.GRAPHS:
+                inside = list(attribute.as_graphs())
+            else:
+                continue
+            for subgraph in inside:
+                # The position keeps the label of nodes without names unique.
+                name = node.name or f"{node.op_type}#{position}"
+                yield from _nested(f"{label}/{name}.{attribute.name}", subgraph, opset)
+
+
+def _standard_opset(imports: dict[str, int]) -> int:
+    return max((imports.get(domain, 0) for domain in STANDARD_DOMAINS), default=0)
+
+
+def standard_type(node: ir.Node, model: ir.Model) -> str | None:
+    """Return the operator type if it is one of the standard domain, else None."""
+    # A local function may take the name of a standard operator; then it is not that operator.
+    if node.domain not in STANDARD_DOMAINS or node.op_identifier() in model.functions:
+        return None
+    return node.op_type
+
+
+class Facts:
+    """Answers about the values of one model: is it a constant, which shape has it."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+        self._inferred: dict[tuple[int, str], ir.Shape] | None = None
+
+    def constant(self, value: ir.Value | None) -> npt.NDArray[Any] | None:
+        """Return the array of a value that no run of the model can change, else None."""
+        source = constant_source(value)
+        if source is None or self.is_overridable(source):
+            return None
+        producer = source.producer()
+        if producer is None:
+            return None if source.const_value is None else source.const_value.numpy()
+        return _constant_node_array(producer)
+
+    def is_overridable(self, value: ir.Value | None) -> bool:
+        """Say whether the value is a default that the caller of the model may override."""
+        source = constant_source(value)
+        if source is None or not source.is_graph_input():
+            return False
+        return self.model.ir_version >= OVERRIDABLE_SINCE_IR or source.graph is not self.model.graph
+
+    def shape(self, value: ir.Value) -> ir.Shape | None:
+        """Return the declared shape, or the one that ONNX shape inference finds, or None."""
+        if value.shape is not None:
+            return value.shape
+        if self._inferred is None:
+            self._inferred = _infer_shapes(self.model)
+        return self._inferred.get((id(value.graph), value.name or ""))
+
+
+def constant_source(value: ir.Value | None) -> ir.Value | None:
+    """Follow Identity nodes up to an initializer or the output of a Constant node."""
+    while value is not None:
+        producer = value.producer()
+        if producer is None:
+            return value if value.is_initializer() else None
+        if producer.domain not in STANDARD_DOMAINS:
+            return None
+        if producer.op_type == "Constant":
+            return value
+        if producer.op_type != "Identity" or not producer.inputs:
+            return None
+        value = producer.inputs[0]
+    return None
+
+
+def _constant_node_array(node: ir.Node) -> npt.NDArray[Any] | None:
+    for name, attribute in node.attributes.items():
+        if attribute.is_ref():
+            return None
+        if name == "value":
+            return attribute.as_tensor().numpy()
+        if name == "value_float":
+            return np.array(attribute.as_float(), dtype=np.float32)
+        if name == "value_floats":
+            return np.array(attribute.as_floats(), dtype=np.float32)
+    return None
+
+
+def _infer_shapes(model: ir.Model) -> dict[tuple[int, str], ir.Shape]:
+    # A separate copy, so that nothing inferred ends up in the result.
+    try:
+        proto = onnx.shape_inference.infer_shapes(ir.to_proto(model), data_prop=True)
+        inferred = ir.from_proto(proto)
+    except Exception:  # whatever inference dislikes: a shape that is not proven is a refusal
+        return {}
+    # Names are unique only within one graph: the branches of an If may repeat them.
+    return {
+        (id(scope.graph), output.name): output.shape
+        for scope, copy in zip(scopes(model), scopes(inferred), strict=True)
+        for node in copy.graph
+        for output in node.outputs
+        if output.name and output.shape is not None
+    }
+
+
+class AttributeNotConstant(Exception):
+    """An attribute refers to a parameter of the local function, and so has no value yet."""
+
+
+def attribute(node: ir.Node, name: str, default: Any) -> Any:
+    """Return the value of an attribute, or the default if it is absent.
+
+    Raises
+    ------
+    AttributeNotConstant
+        If it refers to a parameter of the local function that the node is in.
+    """
+    found = node.attributes.get(name)
+    if found is None:
+        return default
+    if found.is_ref():
+        raise AttributeNotConstant(name)
+    return found.value
+
+
+def display_name(node: ir.Node) -> str:
+    """Name a node for people: its name, or its first output's."""
+    return node.name or next((o.name for o in node.outputs if o.name), "") or node.op_type
+
+
+def unavailable(facts: Facts, value: ir.Value | None, what: str, *, parameter: bool) -> Refusal:
+    """Explain why `Facts.constant` returned None for a parameter or a weight."""
+    if facts.is_overridable(value):
+        reason = Reason.PARAMETER_OVERRIDABLE if parameter else Reason.WEIGHT_OVERRIDABLE
+        return Refusal(reason, f"{what} is also a graph input, which the caller may override")
+    reason = Reason.PARAMETER_NOT_CONSTANT if parameter else Reason.WEIGHT_NOT_CONSTANT
+    return Refusal(reason, f"{what} is not a constant")

@@ -1,0 +1,144 @@
+"""The inputs of a check: random ones, or the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from pybn.folding.affine import Array, is_supported
+from pybn.folding.files import first_line
+from pybn.folding.runtime import CheckError, Feeds
+
+BATCH_SIZES = (1, 2, 5)
+SPATIAL_SIZES = (32, 40, 56)
+OTHER_SIZES = (8, 12, 16)
+CHUNK = 100
+
+
+def random_inputs(model: onnx.ModelProto, count: int, seed: int = 0) -> list[Feeds]:
+    """Draw inputs for a model; dynamic dimensions take several sizes.
+
+    Floating-point inputs are standard normal, uint8 covers 0 to 255, other integers are 0 to 9,
+    booleans are fair.
+
+    Raises
+    ------
+    CheckError
+        If an input is not a tensor of such a type.
+    """
+    rng = np.random.default_rng(seed)
+    return [
+        {info.name: _random_array(rng, _input_dtype(info), shape) for info, shape in _input_shapes(model, draw)}
+        for draw in range(count)
+    ]
+
+
+def load_inputs(model: onnx.ModelProto, path: str | Path) -> tuple[list[Feeds], npt.NDArray[Any] | None]:
+    """Read the user's own inputs, and ``labels`` if there are any, from an ``.npz`` file.
+
+    Arrays have the names of the model's inputs and the samples along the first axis. They are run
+    in chunks of at most `CHUNK` samples, or of the batch size that the model demands.
+
+    Raises
+    ------
+    CheckError
+        If the file does not fit the model: one line that names what was expected.
+    """
+    file = Path(path)
+    try:
+        # Opened here because np.load leaves a damaged file open.
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except OSError as error:
+        raise CheckError(f"{file}: {error.strerror or first_line(error)}") from error
+    except Exception as error:  # zipfile, zlib, pickle and NumPy each raise their own
+        raise CheckError(f"{file}: not a readable .npz file ({first_line(error)})") from error
+    labels = arrays.get("labels")
+    infos = _required_inputs(model)
+    names = [info.name for info in infos]
+    for info in infos:
+        if info.name not in arrays:
+            raise CheckError(f"{file}: no array {info.name!r}, expected one for each input: {', '.join(names)}")
+        _require_fit(info, arrays[info.name], file)
+    samples = {arrays[name].shape[0] for name in names}
+    if len(samples) != 1 or 0 in samples:
+        raise CheckError(f"{file}: the inputs have {sorted(samples)} samples, expected one number")
+    total = samples.pop()
+    if labels is not None and (labels.shape != (total,) or labels.dtype.kind not in "iu"):
+        raise CheckError(
+            f"{file}: labels is {labels.dtype} of shape {labels.shape}, expected integers of shape ({total},)"
+        )
+    fixed = [_dims(info)[0] for info in infos]
+    sizes = {size for size in fixed if isinstance(size, int)}
+    if len(sizes) > 1 or (sizes and total % next(iter(sizes))):
+        raise CheckError(f"{file}: {total} samples, expected a multiple of the model's batch size {sorted(sizes)}")
+    chunk = sizes.pop() if sizes else CHUNK
+    chunks = [{name: arrays[name][start : start + chunk] for name in names} for start in range(0, total, chunk)]
+    return chunks, labels
+
+
+def _required_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    defaults = {tensor.name for tensor in model.graph.initializer}
+    return [info for info in model.graph.input if info.name not in defaults]
+
+
+def _input_dtype(info: onnx.ValueInfoProto) -> np.dtype[Any]:
+    element = info.type.tensor_type.elem_type
+    if not info.type.HasField("tensor_type") or not element:
+        raise CheckError(f"input {info.name!r} is not a tensor; only tensors can be checked")
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(element))
+
+
+def _dims(info: onnx.ValueInfoProto) -> list[int | str | None]:
+    """Return sizes, names of dynamic dimensions, and None for dimensions without a name."""
+    _input_dtype(info)
+    if not info.type.tensor_type.HasField("shape"):
+        raise CheckError(f"input {info.name!r} has no declared shape")
+    return [
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in info.type.tensor_type.shape.dim
+    ]
+
+
+def _input_shapes(model: onnx.ModelProto, draw: int) -> Iterator[tuple[onnx.ValueInfoProto, list[int]]]:
+    named: dict[str, int] = {}
+    for info in _required_inputs(model):
+        shape: list[int] = []
+        for axis, dim in enumerate(_dims(info)):
+            if isinstance(dim, int):
+                shape.append(dim)
+                continue
+            sizes = BATCH_SIZES if axis == 0 else SPATIAL_SIZES if axis > 1 else OTHER_SIZES
+            size = sizes[draw % len(sizes)]
+            # One name is one size, wherever it appears.
+            shape.append(size if dim is None else named.setdefault(dim, size))
+        yield info, shape
+
+
+def _random_array(rng: np.random.Generator, dtype: np.dtype[Any], shape: Sequence[int]) -> Array:
+    if dtype == np.bool_:
+        return rng.random(shape) < 0.5
+    if dtype == np.uint8:
+        return rng.integers(0, 256, shape, dtype=np.uint8)
+    if dtype.kind in "iu":
+        return rng.integers(0, 10, shape).astype(dtype)
+    if is_supported(dtype):
+        return rng.standard_normal(shape).astype(dtype)
+    raise CheckError(f"inputs of type {dtype} cannot be drawn at random; use --check-data")
+
+
+def _require_fit(info: onnx.ValueInfoProto, array: Array, file: Path) -> None:
+    dtype, dims = _input_dtype(info), _dims(info)
+    shape = "(" + ", ".join(str(dim if dim is not None else "?") for dim in dims) + ")"
+    if array.dtype != dtype:
+        raise CheckError(f"{file}: {info.name!r} is {array.dtype}, expected {dtype}")
+    # The first axis is free: a fixed batch size is honoured by the chunks.
+    fits = array.ndim == len(dims) and all(
+        not isinstance(dim, int) or dim == size for dim, size in zip(dims[1:], array.shape[1:], strict=True)
+    )
+    if not dims or not fits:
+        raise CheckError(f"{file}: {info.name!r} has shape {array.shape}, expected {shape}")
