@@ -19,8 +19,9 @@ constexpr std::size_t kSegment = 16384;
 // traffic.
 constexpr std::size_t kSegmentRows = 256;
 
-// Runs of neighbouring channels shorter than this waste part of each DRAM page and of the hardware's prefetching.
-constexpr std::size_t kRunBytes = 16384;
+// Neighbouring channels form one run of memory per image; beyond this length a longer run is no faster (14x14 planes:
+// 1.9 copies with 4 KiB, 1.5 with 16, 1.4 with 64).
+constexpr std::size_t kRunBytes = 65536;
 
 // Runs of fewer neighbouring channels in the rows layout would use only part of the lines that are fetched together.
 constexpr std::size_t kRowRun = 64;

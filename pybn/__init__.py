@@ -4,14 +4,17 @@ deployed.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 try:
     from pybn import _core
-except ImportError as error:  # most often: imported from a checkout, where the compiled core is not
+except ImportError as error:
+    if any(path.suffix != ".pyi" for path in Path(__file__).parent.glob("_core.*")):
+        raise
     raise ImportError(
-        f"pybn's compiled core cannot be imported ({error}). In a checkout of pybn, install it with `pip install .` "
-        "and run Python from another folder, or with `pytest` rather than `python -m pytest`."
+        "this is pybn's source tree, which has no compiled core; run `pip install .` in it, then start Python in another "
+        "folder (and use `pybn` rather than `python -m pybn`, `pytest` rather than `python -m pytest`)"
     ) from error
 
 from pybn._config import configure_from_environment, empty_cache, get_num_threads, set_num_threads, show_config
