@@ -63,7 +63,8 @@ def l2_bytes() -> int:
 
 def contenders(shape: Shape) -> dict[tuple[str, str], Callable[[], object]]:
     """Functions by (operation, contender): contenders are "out" and "fresh" (ours), "torch" (eager, fresh) and
-    "memcpy"."""
+    "memcpy".
+    """
     rng = np.random.default_rng(0)
     x = rng.standard_normal(shape.dims, dtype=np.float32)
     dy = rng.standard_normal(shape.dims, dtype=np.float32)

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "dispatch.h"
@@ -11,17 +12,34 @@
 namespace pybn {
 namespace {
 
-// Two partial results per segment and channel, [segment][channel].
-struct Partials {
-  Partials(const Partition& partition)
-      : channels(partition.extents.channels),
-        first(partition.segments() * channels),
-        second(partition.segments() * channels) {}
+struct SumPair {
+  double first, second;
+};
 
-  std::size_t at(std::size_t segment, std::size_t channel) const { return segment * channels + channel; }
+// Two sums per segment and channel. Their order is that of the segments, and so of the shape alone.
+class Partials {
+ public:
+  explicit Partials(const Partition& partition)
+      : segments_(partition.segments()),
+        channels_(partition.extents.channels),
+        first_(segments_ * channels_),
+        second_(segments_ * channels_) {}
 
-  std::size_t channels;
-  std::vector<double> first, second;
+  double* first(std::size_t segment, std::size_t channel) { return &first_[segment * channels_ + channel]; }
+  double* second(std::size_t segment, std::size_t channel) { return &second_[segment * channels_ + channel]; }
+
+  SumPair total(std::size_t channel) const {
+    SumPair total{0, 0};
+    for (std::size_t segment = 0; segment < segments_; ++segment) {
+      total.first += first_[segment * channels_ + channel];
+      total.second += second_[segment * channels_ + channel];
+    }
+    return total;
+  }
+
+ private:
+  std::size_t segments_, channels_;
+  std::vector<double> first_, second_;
 };
 
 // Tasks of a wave are numbered by segment, then by group of channels: neighbours in memory are neighbours in number.
@@ -83,76 +101,77 @@ const Kernels<T>& kernels_for(const Extents& extents) {
 }
 
 // The reduction of a statistics pass and its merge, as steps for run().
+//
+// All of a channel's values are shifted by its first one. The shift cancels what a large mean would cost; that it is a
+// member of the data bounds what is left of the cancellation in `squares - sum^2 / n`, because one member lies within
+// sqrt(n) standard deviations of the mean: the relative error of the variance is at most about n * 2^-53. That it is
+// one shift for all segments makes merging an addition, so sums that are exact stay exact.
 template <class T>
-struct StatsReduction {
-  const Kernels<T>& kernels;
-  const Partition& partition;
-  Operand<const T> x;
-  Partials partials;
-
+class StatsReduction {
+ public:
   StatsReduction(const Plan& plan, Operand<const T> x)
-      : kernels(kernels_for<T>(plan.partition.extents)), partition(plan.partition), x(x), partials(plan.partition) {}
+      : kernels_(kernels_for<T>(plan.partition.extents)),
+        x_(x),
+        count_(static_cast<double>(plan.partition.extents.per_channel())),
+        partials_(plan.partition) {}
 
   void reduce(const Tile& tile, std::size_t segment) {
-    const std::size_t at = partials.at(segment, tile.channel);
-    kernels.stats(tile.block, tile.of(x), &partials.first[at], &partials.second[at]);
+    kernels_.stats(tile.block, tile.of(x_), x_.at(0, tile.channel, 0), partials_.first(segment, tile.channel),
+                   partials_.second(segment, tile.channel));
   }
 
-  // Chan, Golub, LeVeque (1979): moments of a union from the moments of its parts. Calls result(channel, mean, var).
+  // Calls result(channel, mean, var).
   template <class Result>
   void merge(std::size_t first_channel, std::size_t channels, const Result& result) const {
     for (std::size_t c = first_channel; c < first_channel + channels; ++c) {
-      double count = 0, mean = 0, m2 = 0;
-      for (std::size_t segment = 0; segment < partition.segments(); ++segment) {
-        const Block block = tile_of(partition, segment, c, 1).block;
-        const double added = static_cast<double>(block.outer) * static_cast<double>(block.inner);
-        const double delta = partials.first[partials.at(segment, c)] - mean;
-        const double total = count + added;
-        mean += delta * (added / total);
-        m2 += partials.second[partials.at(segment, c)] + delta * delta * (count * (added / total));
-        count = total;
-      }
-      result(c, mean, m2 / count);
+      const SumPair total = partials_.total(c);
+      const double offset = total.first / count_;
+      const double var = (total.second - total.first * offset) / count_;
+      result(c, static_cast<double>(*x_.at(0, c, 0)) + offset,
+             var < 0 ? 0 : var);  // rounding can leave -1e-17; NaN stays
     }
   }
+
+ private:
+  const Kernels<T>& kernels_;
+  Operand<const T> x_;
+  double count_;
+  Partials partials_;
 };
 
 // The reduction of a backward pass and its merge.
 template <class T>
-struct GradientReduction {
-  const Kernels<T>& kernels;
-  const Partition& partition;
-  Operand<const T> dy, x;
-  const Normalization<T>& normalization;
-  Activation activation;
-  Partials partials;
-
+class GradientReduction {
+ public:
   GradientReduction(const Plan& plan, Operand<const T> dy, Operand<const T> x, const Normalization<T>& normalization,
                     Activation activation)
-      : kernels(kernels_for<T>(plan.partition.extents)),
-        partition(plan.partition),
-        dy(dy),
-        x(x),
-        normalization(normalization),
-        activation(activation),
-        partials(plan.partition) {}
+      : kernels_(kernels_for<T>(plan.partition.extents)),
+        dy_(dy),
+        x_(x),
+        normalization_(normalization),
+        activation_(activation),
+        partials_(plan.partition) {}
 
   void reduce(const Tile& tile, std::size_t segment) {
-    const std::size_t at = partials.at(segment, tile.channel);
-    kernels.backward_reduce(tile.block, tile.of(dy), tile.of(x), normalization.mean + tile.channel,
-                            normalization.affine().from(tile.channel), activation, &partials.first[at],
-                            &partials.second[at]);
+    kernels_.backward_reduce(tile.block, tile.of(dy_), tile.of(x_), normalization_.mean + tile.channel,
+                             normalization_.affine().from(tile.channel), activation_,
+                             partials_.first(segment, tile.channel), partials_.second(segment, tile.channel));
   }
 
   void merge(std::size_t first_channel, std::size_t channels, double* sum_dy, double* sum_dy_xmu) const {
     for (std::size_t c = first_channel; c < first_channel + channels; ++c) {
-      sum_dy[c] = sum_dy_xmu[c] = 0;
-      for (std::size_t segment = 0; segment < partition.segments(); ++segment) {
-        sum_dy[c] += partials.first[partials.at(segment, c)];
-        sum_dy_xmu[c] += partials.second[partials.at(segment, c)];
-      }
+      const SumPair total = partials_.total(c);
+      sum_dy[c] = total.first;
+      sum_dy_xmu[c] = total.second;
     }
   }
+
+ private:
+  const Kernels<T>& kernels_;
+  Operand<const T> dy_, x_;
+  const Normalization<T>& normalization_;
+  Activation activation_;
+  Partials partials_;
 };
 
 // What dx depends on besides dy, x and the normalization: dx = (dz - mean(dz) - (x - mean) * invstd^2 * mean((x - mean)
@@ -179,7 +198,9 @@ void Normalization<T>::set(std::size_t c, double channel_mean, double var, Param
   invstd[c] = 1 / std::sqrt(var + eps);
   center_hi[c] = static_cast<T>(channel_mean);
   center_lo[c] = static_cast<T>(channel_mean - static_cast<double>(center_hi[c]));
-  scale[c] = static_cast<T>(weight ? weight[c] * invstd[c] : invstd[c]);
+  // Bounded, so that a constant channel with a tiny eps is 0 * (a large number) rather than 0 * infinity.
+  const double bounded = std::min(invstd[c], static_cast<double>(std::numeric_limits<T>::max()));
+  scale[c] = static_cast<T>(weight ? weight[c] * bounded : bounded);
   shift[c] = static_cast<T>(bias ? bias[c] : 0);
 }
 
@@ -201,6 +222,7 @@ template <class T>
 void batch_norm_forward(const Extents& extents, Operand<const T> x, Operand<T> y, Parameter weight, Parameter bias,
                         double eps, Activation activation, double* var, const Normalization<T>& normalization) {
   const Plan plan = plan_reduction_and_application(extents, sizeof(T));
+  const Kernels<T>& kernels = kernels_for<T>(extents);
   StatsReduction<T> stats(plan, x);
   Normalization<T> n = normalization;
   run(
@@ -212,7 +234,7 @@ void batch_norm_forward(const Extents& extents, Operand<const T> x, Operand<T> y
         });
       },
       [&](const Tile& tile) {
-        stats.kernels.elemt(tile.block, tile.reversed(x), tile.reversed(y), n.affine().from(tile.channel), activation);
+        kernels.elemt(tile.block, tile.reversed(x), tile.reversed(y), n.affine().from(tile.channel), activation);
       });
 }
 
@@ -230,6 +252,7 @@ void batch_norm_backward(const Extents& extents, Operand<const T> dy, Operand<co
                          const Normalization<T>& normalization, Activation activation, bool training, double* sum_dy,
                          double* sum_dy_xmu) {
   const Plan plan = plan_reduction_and_application(extents, 2 * sizeof(T));
+  const Kernels<T>& kernels = kernels_for<T>(extents);
   const double count = static_cast<double>(extents.per_channel());
   GradientReduction<T> sums(plan, dy, x, normalization, activation);
   GradientCoefficients<T> coefficients(extents.channels);
@@ -242,9 +265,8 @@ void batch_norm_backward(const Extents& extents, Operand<const T> dy, Operand<co
       },
       [&](const Tile& tile) {
         const GradientAffine<T> gradient = coefficients.from(tile.channel);
-        sums.kernels.backward_elemt(tile.block, tile.reversed(dy), tile.reversed(x), tile.reversed(dx),
-                                    normalization.affine().from(tile.channel), training ? &gradient : nullptr,
-                                    activation);
+        kernels.backward_elemt(tile.block, tile.reversed(dy), tile.reversed(x), tile.reversed(dx),
+                               normalization.affine().from(tile.channel), training ? &gradient : nullptr, activation);
       });
 }
 

@@ -8,7 +8,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <numeric>
@@ -148,7 +147,7 @@ py::array empty_like(const py::array& x) {
   std::vector<std::size_t> axes(ndim);
   std::iota(axes.begin(), axes.end(), std::size_t{0});
   std::stable_sort(axes.begin(), axes.end(), [&](std::size_t a, std::size_t b) {
-    return std::abs(x.strides(static_cast<py::ssize_t>(a))) > std::abs(x.strides(static_cast<py::ssize_t>(b)));
+    return lies_outside(x.strides(static_cast<py::ssize_t>(a)), x.strides(static_cast<py::ssize_t>(b)));
   });
   const std::vector<py::ssize_t> shape(x.shape(), x.shape() + ndim);
   std::vector<py::ssize_t> strides(ndim);
@@ -197,12 +196,10 @@ std::pair<Doubles, Doubles> stats(const py::array& x, py::ssize_t axis) {
   return {std::move(mean), std::move(var)};
 }
 
-std::pair<NormalizationArrays, Doubles> forward(const py::array& x, const py::array& y, py::ssize_t axis,
-                                                const std::optional<py::array>& weight,
-                                                const std::optional<py::array>& bias,
-                                                std::optional<py::array> running_mean,
-                                                std::optional<py::array> running_var, double momentum, double eps,
-                                                Activation activation) {
+std::pair<NormalizationArrays, Doubles> forward(
+    const py::array& x, const py::array& y, py::ssize_t axis, const std::optional<py::array>& weight,
+    const std::optional<py::array>& bias, std::optional<py::array> running_mean, std::optional<py::array> running_var,
+    std::optional<py::array_t<std::int64_t>> counter, double momentum, double eps, Activation activation) {
   const Problem problem(axis, {&x, &y});
   const std::size_t channels = problem.channels();
   const Parameter w = parameter(weight, channels), b = parameter(bias, channels);
@@ -225,7 +222,10 @@ std::pair<NormalizationArrays, Doubles> forward(const py::array& x, const py::ar
     });
     return result;
   });
-  if (running_mean && momentum != 0) {  // last, so that an interrupt never leaves them half updated
+  // Committed last and together, so that an error or an interrupt leaves all of them as they were.
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  if (counter) ++*counter->mutable_data();
+  if (running_mean && momentum != 0) {
     mean_statistic.update(channels, std::get<0>(arrays).data(), 1, momentum);
     var_statistic.update(channels, var.data(), n / (n - 1), momentum);
   }
@@ -366,16 +366,17 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .value("relu", Activation::relu)
       .finalize();
 
-  m.def("has_layout", [](py::ssize_t axis, const py::args& args) {
+  const auto has_layout = [](py::ssize_t axis, const py::args& args) {
     std::vector<py::array> arrays;
     for (const py::handle arg : args) arrays.push_back(py::cast<py::array>(arg));
     std::vector<const py::array*> pointers;
     for (const py::array& array : arrays) pointers.push_back(&array);
     return layout_of(axis, pointers).has_value();
-  });
+  };
+  m.def("has_layout", has_layout, "axis"_a);
   m.def("stats", &stats, "x"_a, "axis"_a);
   m.def("forward", &forward, "x"_a, "y"_a, "axis"_a, "weight"_a, "bias"_a, "running_mean"_a, "running_var"_a,
-        "momentum"_a, "eps"_a, "activation"_a);
+        py::arg("counter").noconvert(), "momentum"_a, "eps"_a, "activation"_a);
   m.def("first_negative", &first_negative, "values"_a);
   m.def("normalization", &normalization, "like"_a, "mean"_a, "var"_a, "weight"_a, "bias"_a, "eps"_a);
   m.def("elemt", &elemt, "x"_a, "y"_a, "axis"_a, "normalization"_a, "activation"_a);

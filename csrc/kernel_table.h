@@ -50,8 +50,8 @@ struct GradientAffine {
 
 template <class T>
 struct Kernels {
-  // Mean and sum of squared deviations of each channel.
-  void (*stats)(Block, Operand<const T> x, double* mean, double* m2) noexcept;
+  // Sums of x - shift and of (x - shift)^2 of each channel; channel c's shift is shift[c * x.channel_stride].
+  void (*stats)(Block, Operand<const T> x, const T* shift, double* sum, double* squares) noexcept;
   // y = activation(affine(x))
   void (*elemt)(Block, Operand<const T> x, Operand<T> y, Affine<T>, Activation) noexcept;
   // Sums of dz and of (x - mean) * dz of each channel, dz being dy passed back through the activation.

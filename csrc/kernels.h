@@ -84,7 +84,7 @@ struct SumPair {
   Doubles first, second;
 
   static PYBN_INLINE SumPair zero() { return {Doubles{}, Doubles{}}; }
-  PYBN_INLINE void add_moments(Doubles x, Doubles shift) {
+  PYBN_INLINE void add_shifted(Doubles x, Doubles shift) {
     const Doubles d = x - shift;
     first += d;
     second = fma(d, d, second);
@@ -98,16 +98,6 @@ struct SumPair {
     second += other.second;
   }
 };
-
-// Mean and sum of squared deviations from sums over x - shift and (x - shift)^2. The shift is a member of the data,
-// which bounds the cancellation in the subtraction: one member lies within sqrt(n) standard deviations of the mean, so
-// the relative error of the variance is at most about n * 2^-53 (1e-10 for a million values).
-PYBN_INLINE void finish_moments(double shift, double n, double* mean, double* m2) {
-  const double offset = *mean / n;
-  const double deviations = *m2 - *mean * offset;
-  *mean = shift + offset;
-  *m2 = deviations < 0 ? 0 : deviations;  // rounding can leave -1e-17; NaN stays NaN
-}
 
 // ---- planes
 // -------------------------------------------------------------------------------------------------------------------------
@@ -174,21 +164,20 @@ PYBN_INLINE void sum_over_planes(const Block& block, double* first, double* seco
 
 struct Planes {
   template <class T>
-  static void stats(Block block, Operand<const T> x, double* mean, double* m2) noexcept {
-    sum_over_planes(block, mean, m2, [&](SumPair* sums, std::size_t o, std::size_t c) {
+  static void stats(Block block, Operand<const T> x, const T* shift, double* sum, double* squares) noexcept {
+    sum_over_planes(block, sum, squares, [&](SumPair* sums, std::size_t o, std::size_t c) {
       const T* plane = x.at(o, c, 0);
-      const Vec<T, kDoubles> shift = broadcast<kDoubles>(*x.at(0, c, 0));
-      const Doubles wide_shift = widen(shift);
+      const Vec<T, kDoubles> plane_shift =
+          broadcast<kDoubles>(shift[static_cast<std::ptrdiff_t>(c) * x.channel_stride]);
+      const Doubles wide_shift = widen(plane_shift);
       const Ahead<const T> ahead(x, block, o);
       for_each_vector<kDoubles>(
           block.inner,
           [&](std::size_t i, std::size_t values) PYBN_INLINE_LAMBDA { ahead.fetch(c * block.inner + i, values); },
           [&](auto lanes, std::size_t i, int u) {
-            sums[u].add_moments(widen(lanes.template load<kDoubles>(plane + i, shift)), wide_shift);
+            sums[u].add_shifted(widen(lanes.template load<kDoubles>(plane + i, plane_shift)), wide_shift);
           });
     });
-    const double n = static_cast<double>(block.outer) * static_cast<double>(block.inner);
-    for (std::size_t c = 0; c < block.channels; ++c) finish_moments(*x.at(0, c, 0), n, mean + c, m2 + c);
   }
 
   template <class Act, class T>
@@ -313,21 +302,19 @@ PYBN_INLINE void for_each_run(const Block& block, Run run) {
 
 struct Rows {
   template <class T>
-  static void stats(Block block, Operand<const T> x, double* mean, double* m2) noexcept {
+  static void stats(Block block, Operand<const T> x, const T* shift, double* sum, double* squares) noexcept {
     const std::size_t ahead = tile_rows<T>(block);
-    for (std::size_t c = 0; c < block.channels; ++c) mean[c] = m2[c] = 0;
+    for (std::size_t c = 0; c < block.channels; ++c) sum[c] = squares[c] = 0;
     for_each_run<T>(block, [&](auto vectors, auto lanes, std::size_t begin, std::size_t end, std::size_t first) {
       constexpr int U = decltype(vectors)::value;
-      Doubles shift[U];
-      for (int u = 0; u < U; ++u) shift[u] = widen(lanes.template load<kDoubles>(x.at(0, first + u * kDoubles, 0)));
-      sum_over_run<U>(lanes, begin, end, first, mean, m2, [&](SumPair& sums, std::size_t o, int u) {
+      Doubles wide_shift[U];
+      for (int u = 0; u < U; ++u) wide_shift[u] = widen(lanes.template load<kDoubles>(shift + first + u * kDoubles));
+      sum_over_run<U>(lanes, begin, end, first, sum, squares, [&](SumPair& sums, std::size_t o, int u) {
         const std::size_t c = first + u * kDoubles;
         __builtin_prefetch(x.at(o + ahead, c, 0));
-        sums.add_moments(widen(lanes.template load<kDoubles>(x.at(o, c, 0))), shift[u]);
+        sums.add_shifted(widen(lanes.template load<kDoubles>(x.at(o, c, 0))), wide_shift[u]);
       });
     });
-    for (std::size_t c = 0; c < block.channels; ++c)
-      finish_moments(*x.at(0, c, 0), static_cast<double>(block.outer), mean + c, m2 + c);
   }
 
   template <class Act, class T>

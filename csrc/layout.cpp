@@ -23,10 +23,19 @@ bool can_merge(const Axis& outer, const Axis& inner) {
   return true;
 }
 
+}  // namespace
+
+bool lies_outside(std::ptrdiff_t a, std::ptrdiff_t b) {
+  if (a == 0 || b == 0) return a == 0 && b != 0;
+  return std::abs(a) > std::abs(b);
+}
+
+namespace {
+
 // The axes other than the channel axis, from the largest stride to the smallest, merged where possible.
 std::vector<Axis> merged_axes(std::vector<Axis> axes) {
   std::stable_sort(axes.begin(), axes.end(),
-                   [](const Axis& a, const Axis& b) { return std::abs(a.strides[0]) > std::abs(b.strides[0]); });
+                   [](const Axis& a, const Axis& b) { return lies_outside(a.strides[0], b.strides[0]); });
   std::vector<Axis> merged;
   for (Axis& axis : axes) {
     if (!merged.empty() && can_merge(merged.back(), axis)) {

@@ -33,4 +33,8 @@ struct Layout {
 std::optional<Layout> find_layout(const std::vector<std::ptrdiff_t>& shape, std::size_t channel_axis,
                                   const std::vector<std::vector<std::ptrdiff_t>>& strides);
 
+// Whether an axis of stride a belongs outside one of stride b: larger strides do, and repeated elements (0) first of
+// all.
+bool lies_outside(std::ptrdiff_t a, std::ptrdiff_t b);
+
 }  // namespace pybn

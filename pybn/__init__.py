@@ -13,8 +13,8 @@ except ImportError as error:
     if any(path.suffix != ".pyi" for path in Path(__file__).parent.glob("_core.*")):
         raise
     raise ImportError(
-        "this is pybn's source tree, which has no compiled core; run `pip install .` in it, then start Python in another "
-        "folder (and use `pybn` rather than `python -m pybn`, `pytest` rather than `python -m pytest`)"
+        "this is pybn's source tree, which has no compiled core; run `pip install .` in it, then start Python in "
+        "another folder (and use `pybn` rather than `python -m pybn`, `pytest` rather than `python -m pytest`)"
     ) from error
 
 from pybn._config import configure_from_environment, empty_cache, get_num_threads, set_num_threads, show_config

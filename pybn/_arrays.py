@@ -9,7 +9,7 @@ combination loses anything before the one rounding of the result.
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ Array = npt.NDArray[Any]
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _FLOATS = (_FLOAT32, _FLOAT64)
+_LARGEST = sys.float_info.max
 
 
 def shape_text(shape: tuple[int, ...]) -> str:
@@ -52,10 +53,11 @@ def data(name: str, value: npt.ArrayLike, channel_axis: int) -> tuple[Array, int
         raise ValueError(
             f"{name} has shape {shape_text(array.shape)}, expected at least 2 axes: a batch axis and a channel axis"
         )
-    if channel_axis == 1:
-        return array, 1
-    if channel_axis in (-1, array.ndim - 1):
-        return array, array.ndim - 1
+    if isinstance(channel_axis, (int, np.integer)):
+        if channel_axis == 1:
+            return array, 1
+        if channel_axis in (-1, array.ndim - 1):
+            return array, array.ndim - 1
     raise ValueError(f"channel_axis is {channel_axis!r}, expected 1 (NCHW) or -1 (NHWC)")
 
 
@@ -128,10 +130,23 @@ def running_statistics(mean: Any, var: Any, channels: int, axis: int) -> tuple[A
 def _require_writable(name: str, array: Array, why: str) -> None:
     if not array.flags.writeable:
         raise ValueError(f"{name} is read-only, expected a writable array, because {why}")
-    if 0 in array.strides and any(n > 1 and not step for n, step in zip(array.shape, array.strides, strict=True)):
+    if _may_repeat_elements(array):
         raise ValueError(
-            f"{name} is a broadcast view (a stride of 0), expected an array with an element of its own at every index"
+            f"{name} has strides {array.strides}, by which elements share memory (as in a broadcast view), "
+            "expected an array with an element of its own at every index"
         )
+
+
+def _may_repeat_elements(array: Array) -> bool:
+    """Whether two indices can mean the same memory; True also for strides too odd to tell."""
+    if array.flags.c_contiguous or array.flags.f_contiguous:
+        return False
+    extent = array.itemsize
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(array.strides, array.shape, strict=True) if n > 1):
+        if stride < extent:
+            return array.size > 0
+        extent += stride * (n - 1)
+    return False
 
 
 def output(name: str, value: Any, x: Array, inputs: dict[str, Array | None]) -> Array:
@@ -174,10 +189,11 @@ def overlaps_in_part(a: Array, b: Array) -> bool:
         return True
 
 
-def epsilon(eps: float) -> float:
-    if not _is_real(eps) or not math.isfinite(eps) or eps <= 0:
-        raise ValueError(f"eps is {eps!r}, expected a finite number > 0")
-    return float(eps)
+def positive(name: str, value: float) -> float:
+    """A finite number > 0."""
+    if _is_real(value) and 0 < value <= _LARGEST:
+        return float(value)
+    raise ValueError(f"{name} is {value!r}, expected a finite number > 0")
 
 
 def factor(momentum: float | None) -> float:

@@ -28,6 +28,7 @@ def forward(
     bias: _Array | None,
     running_mean: _Array | None,
     running_var: _Array | None,
+    counter: npt.NDArray[np.int64] | None,
     momentum: float,
     eps: float,
     activation: Activation,

@@ -121,7 +121,7 @@ def batch_norm(
         A shape, stride or value that cannot be used; in training also one value per channel. Nothing has been written
         then.
     """
-    return _forward(
+    return forward(
         x, weight, bias, running_mean, running_var, training, momentum, eps, activation, channel_axis, out, check_finite
     )[0]
 
@@ -151,12 +151,12 @@ def batch_norm_forward(
     y : array of x's shape and dtype
     saved : Saved
     """
-    return _forward(
+    return forward(
         x, weight, bias, running_mean, running_var, training, momentum, eps, activation, channel_axis, out, check_finite
     )
 
 
-def _forward(
+def forward(
     x: npt.ArrayLike,
     weight: npt.ArrayLike | None,
     bias: npt.ArrayLike | None,
@@ -169,12 +169,14 @@ def _forward(
     channel_axis: int,
     out: Array | None,
     check_finite: bool,
+    counter: Array | None = None,
 ) -> tuple[Array, Saved]:
+    """`batch_norm_forward` with positional arguments; raises `counter`, an int64 of shape (), with the statistics."""
     x, axis = _arrays.data("x", x, channel_axis)
     channels = x.shape[axis]
     weight = _arrays.per_channel("weight", weight, channels, axis)
     bias = _arrays.per_channel("bias", bias, channels, axis)
-    eps = _arrays.epsilon(eps)
+    eps = _arrays.positive("eps", eps)
     momentum = _arrays.factor(momentum)
     act = _arrays.activation(activation)
     if training:
@@ -197,9 +199,11 @@ def _forward(
     normalization: _Normalization
     if training and x.size:
         normalization, _ = _core.forward(
-            source, result.target, axis, weight, bias, running_mean, running_var, momentum, eps, act
+            source, result.target, axis, weight, bias, running_mean, running_var, counter, momentum, eps, act
         )
     else:
+        if training and counter is not None:
+            counter += 1  # an empty batch is a batch, as in PyTorch
         mean, var = (running_mean, running_var) if not training else (np.zeros(channels), np.ones(channels))
         assert mean is not None
         assert var is not None
@@ -222,6 +226,8 @@ def _require_finite(x: Array, axis: int) -> None:
         return
     mean, var, _ = batch_norm_stats(x, channel_axis=axis)
     bad = ~(np.isfinite(mean) & np.isfinite(var))
+    if bad.any():  # or finite, with a variance beyond float64
+        bad[bad] = ~np.isfinite(np.moveaxis(x, axis, 0)[bad]).reshape(int(bad.sum()), -1).all(axis=1)
     if bad.any():
         channels = ", ".join(map(str, np.flatnonzero(bad)[:8]))
         raise ValueError(
@@ -268,9 +274,7 @@ def batch_norm_backward(
         raise TypeError(f"saved is a {type(saved).__name__}, expected the second result of batch_norm_forward")
     x, axis = saved._x, saved.channel_axis
     if x is None:
-        raise ValueError(
-            "x was overwritten in the forward pass (out=x), expected a forward pass with another out, or none"
-        )
+        raise ValueError("x was overwritten by a pass with out=x, expected passes with another out, or none")
     dy = _arrays.like("dy", dy, x)
     wants_dx, wants_dweight, wants_dbias = _output_mask(output_mask)
     wants_dweight = wants_dweight and saved._weight_dtype is not None
@@ -298,11 +302,14 @@ def batch_norm_backward(
         else:
             _core.backward_elemt(dy, x, result.target, axis, normalization, act, None)
         dx = result.finish()
-    return Gradients(
-        dx,
-        (sum_dy_xmu * saved.invstd).astype(saved._weight_dtype) if wants_dweight else None,
-        sum_dy.astype(saved._bias_dtype) if wants_dbias else None,
-    )
+        if out is not None and _arrays.is_same_memory(x, out):
+            saved._x = None
+    with np.errstate(over="ignore"):  # a sum beyond float32 becomes Inf, as in PyTorch
+        return Gradients(
+            dx,
+            (sum_dy_xmu * saved.invstd).astype(saved._weight_dtype) if wants_dweight else None,
+            sum_dy.astype(saved._bias_dtype) if wants_dbias else None,
+        )
 
 
 def _output_mask(mask: tuple[bool, bool, bool]) -> tuple[bool, bool, bool]:
@@ -361,7 +368,7 @@ def batch_norm_elemt(
     """
     x, axis = _arrays.data("x", x, channel_axis)
     mean, var, weight, bias = _statistics(mean, var, weight, bias, x.shape[axis], axis)
-    eps = _arrays.epsilon(eps)
+    eps = _arrays.positive("eps", eps)
     act = _arrays.activation(activation)
     if out is not None:
         out = _arrays.output("out", out, x, {"x": x, "mean": mean, "var": var, "weight": weight, "bias": bias})
@@ -396,7 +403,7 @@ def batch_norm_backward_reduce(
     dy = _arrays.like("dy", dy, x)
     channels = x.shape[axis]
     mean, var, weight, bias = _statistics(mean, var, weight, bias, channels, axis)
-    eps = _arrays.epsilon(eps)
+    eps = _arrays.positive("eps", eps)
     act = _arrays.activation(activation)
     if x.size == 0:
         return np.zeros(channels), np.zeros(channels)
@@ -440,22 +447,20 @@ def batch_norm_backward_elemt(
     dy = _arrays.like("dy", dy, x)
     channels = x.shape[axis]
     mean, var, weight, bias = _statistics(mean, var, weight, bias, channels, axis)
-    eps = _arrays.epsilon(eps)
+    eps = _arrays.positive("eps", eps)
     act = _arrays.activation(activation)
     sums = (
         np.ascontiguousarray(_arrays.required_per_channel("sum_dy", sum_dy, channels, axis), np.float64),
         np.ascontiguousarray(_arrays.required_per_channel("sum_dy_xmu", sum_dy_xmu, channels, axis), np.float64),
     )
-    if not count > 0:
-        raise ValueError(f"count is {count!r}, expected the number of values per channel that the sums run over, > 0")
+    count = _arrays.positive("count", count)
     if out is not None:
-        out = _arrays.output(
-            "out", out, x, {"dy": dy, "x": x, "mean": mean, "var": var, "weight": weight, "bias": bias}
-        )
+        inputs = {"dy": dy, "x": x, "mean": mean, "var": var, "weight": weight, "bias": bias}
+        out = _arrays.output("out", out, x, {**inputs, "sum_dy": sums[0], "sum_dy_xmu": sums[1]})
     result = _arrays.Result(axis, out, dy, x)
     dy, x = result.inputs
     normalization = _core.normalization(x, mean, var, weight, bias, eps)
-    _core.backward_elemt(dy, x, result.target, axis, normalization, act, (*sums, float(count)))
+    _core.backward_elemt(dy, x, result.target, axis, normalization, act, (*sums, count))
     return result.finish()
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from pybn import _arrays
 from pybn._arrays import Array
-from pybn.functional import Saved, batch_norm_backward, batch_norm_forward
+from pybn.functional import Saved, batch_norm_backward, forward
 
 
 class _BatchNorm:
@@ -80,7 +80,7 @@ class _BatchNorm:
             raise TypeError(f"dtype is {dtype}, expected float32 or float64")
         _arrays.activation(activation)
         self.num_features = int(num_features)
-        self.eps = _arrays.epsilon(eps)
+        self.eps = _arrays.positive("eps", eps)
         self.momentum = None if momentum is None else _arrays.factor(momentum)
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
@@ -101,32 +101,31 @@ class _BatchNorm:
 
     def __call__(self, x: npt.ArrayLike, *, out: Array | None = None) -> Array:
         """Normalize `x`; see `pybn.batch_norm` for shapes, types and errors."""
-        self._check_shape(x)
+        x = _arrays.as_float_array("x", x)
+        self._check_shape(x.shape)
         if not self.training:
-            return self._forward(x, out, momentum=0.0)
+            return self._forward(x, out, momentum=0.0, counter=None)
         with self._lock:
             counter = self.num_batches_tracked
-            if counter is None:
-                return self._forward(x, out, momentum=0.0)
-            momentum = 1 / (int(counter) + 1) if self.momentum is None else self.momentum
-            y = self._forward(x, out, momentum)
-            counter += 1  # after the pass, so that an error leaves all three statistics as they were
-            return y
+            if self.momentum is not None:
+                return self._forward(x, out, self.momentum, counter)
+            return self._forward(x, out, 0.0 if counter is None else 1 / (int(counter) + 1), counter)
 
-    def _forward(self, x: npt.ArrayLike, out: Array | None, momentum: float) -> Array:
-        y, self._saved = batch_norm_forward(
+    def _forward(self, x: Array, out: Array | None, momentum: float, counter: Array | None) -> Array:
+        y, self._saved = forward(
             x,
             self.weight,
             self.bias,
             self.running_mean,
             self.running_var,
-            training=self.training or not self.track_running_stats,
-            momentum=momentum,
-            eps=self.eps,
-            activation=self.activation,
-            channel_axis=self.channel_axis,
-            out=out,
-            check_finite=self.check_finite,
+            self.training or not self.track_running_stats,
+            momentum,
+            self.eps,
+            self.activation,
+            self.channel_axis,
+            out,
+            self.check_finite,
+            counter,
         )
         return y
 
@@ -210,8 +209,7 @@ class _BatchNorm:
         names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
-    def _check_shape(self, x: npt.ArrayLike) -> None:
-        shape = np.shape(x)
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
         if len(shape) not in self._input_ranks:
             ranks = " or ".join(map(str, self._input_ranks))
             raise ValueError(

@@ -1,0 +1,212 @@
+"""PyTorch as the oracle: its function and autograd, its own sample inputs, its layers and their state."""
+
+import copy
+import inspect
+import itertools
+import sys
+import types
+import unittest
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional
+from conftest import assert_same_bits, images, parameters
+
+import pybn
+
+TOLERANCE = {np.float32: {"rtol": 1.3e-6, "atol": 1e-5}, np.float64: {"rtol": 1e-7, "atol": 1e-7}}  # torch's own
+LAYERS = {
+    "1d, two axes": (pybn.BatchNorm1d, torch.nn.BatchNorm1d, (16, 5)),
+    "1d, three axes": (pybn.BatchNorm1d, torch.nn.BatchNorm1d, (6, 5, 7)),
+    "2d": (pybn.BatchNorm2d, torch.nn.BatchNorm2d, (4, 5, 6, 7)),
+    "3d": (pybn.BatchNorm3d, torch.nn.BatchNorm3d, (3, 5, 4, 3, 5)),
+}
+
+
+def tensor(array, requires_grad=False):
+    return None if array is None else torch.from_numpy(array.copy()).requires_grad_(requires_grad)
+
+
+def assert_like_torch(ours, theirs, what=""):
+    theirs = theirs.detach().numpy()
+    assert ours.dtype == theirs.dtype, what
+    assert ours.shape == theirs.shape, what
+    np.testing.assert_allclose(ours, theirs, **TOLERANCE[ours.dtype.type], err_msg=str(what))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channel_axis", [1, -1])
+@pytest.mark.parametrize("shape", [(16, 5), (6, 5, 7), (4, 5, 6, 7), (3, 5, 4, 3, 5), (8, 40, 7, 7)], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_forward_running_statistics_and_gradients_are_those_of_torch(rng, dtype, shape, channel_axis, training):
+    channels = shape[1]
+    x = images(rng, shape, dtype, channel_axis)
+    dy = rng.standard_normal(x.shape).astype(dtype)
+    for with_weight, with_bias, activation in itertools.product([True, False], [True, False], [None, "relu"]):
+        what = (with_weight, with_bias, activation)
+        weight, bias, mean, var = parameters(rng, channels, dtype)
+        weight, bias = weight if with_weight else None, bias if with_bias else None
+        tx, tw, tb = (tensor(a, requires_grad=True) for a in (x, weight, bias))
+        tmean, tvar = tensor(mean), tensor(var)
+        ty = torch.nn.functional.batch_norm(tx.movedim(channel_axis, 1), tmean, tvar, tw, tb, training)
+        ty = (ty if activation is None else torch.relu(ty)).movedim(1, channel_axis)
+        ty.backward(tensor(dy))
+
+        y, saved = pybn.batch_norm_forward(
+            x, weight, bias, mean, var, training=training, activation=activation, channel_axis=channel_axis
+        )
+        gradients = pybn.batch_norm_backward(dy, saved)
+        assert_like_torch(y, ty, what)
+        assert_like_torch(mean, tmean, what)
+        assert_like_torch(var, tvar, what)
+        assert_like_torch(gradients.dx, tx.grad, what)
+        for ours, theirs in zip(gradients[1:], (tw, tb), strict=True):
+            assert (ours is None) == (theirs is None), what
+            if theirs is not None:  # torch adds up in float32: its error grows with the count
+                count = ours.dtype.type(x.size // channels)
+                assert_like_torch(ours / count, theirs.grad / count, what)
+
+
+@pytest.fixture(scope="module")
+def torch_samples():
+    """torch.testing's inputs for nn.functional.batch_norm, as (input, args, kwargs)."""
+    modules = dict(sys.modules)
+    # The sample inputs are defined beside torch's test case, whose base class is not needed to have them.
+    expecttest = types.ModuleType("expecttest")
+    expecttest.TestCase = unittest.TestCase
+    sys.modules.setdefault("expecttest", expecttest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.testing._internal.common_methods_invocations import op_db
+    if "expecttest" not in modules:
+        del sys.modules["expecttest"]
+    (op,) = (op for op in op_db if op.name == "nn.functional.batch_norm" and not op.variant_test_name)
+
+    def samples(dtype):
+        return [(s.input, s.args, s.kwargs) for s in op.sample_inputs("cpu", dtype, requires_grad=True)]
+
+    return samples
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sample_inputs_of_torch_testing_give_the_same_results(torch_samples, dtype):
+    compared, refused = 0, []
+    for x, (mean, var, weight, bias), options in torch_samples(dtype):
+        arrays = [None if t is None else t.detach().numpy().copy() for t in (x, mean, var, weight, bias)]
+        try:
+            y, saved = pybn.batch_norm_forward(arrays[0], *arrays[3:], *arrays[1:3], **{"training": False, **options})
+        except ValueError as error:
+            refused.append(str(error))
+            continue
+        ty = torch.nn.functional.batch_norm(x, mean, var, weight, bias, **options)
+        assert_like_torch(y, ty)
+        for ours, theirs in zip(arrays[1:3], (mean, var), strict=True):
+            assert ours is None or np.allclose(ours, theirs.detach().numpy(), **TOLERANCE[ours.dtype.type])
+        dy = torch.linspace(-1, 1, ty.numel(), dtype=dtype).reshape(ty.shape)
+        wanted = [t for t in (x, weight, bias) if t is not None]
+        gradients = [g for g in pybn.batch_norm_backward(dy.numpy(), saved) if g is not None]
+        for ours, theirs in zip(gradients, torch.autograd.grad(ty, wanted, dy), strict=True):
+            assert_like_torch(ours, theirs)
+        compared += 1
+    assert compared >= 6
+    # What torch's samples contain and pybn refuses, on purpose: empty one-axis input, momentum below zero.
+    assert all("momentum is -" in text or "x has shape (0,), expected at least 2 axes" in text for text in refused)
+    assert len(refused) == 5
+
+
+def torch_state(state):
+    return {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_state_travels_to_torch_and_back(rng, kind, options):
+    ours_type, theirs_type, shape = LAYERS[kind]
+    ours, theirs = ours_type(5, **options), theirs_type(5, **options)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, value in theirs.state_dict().items():
+        assert_same_bits(ours.state_dict()[name], value.numpy(), name)
+
+    for _ in range(3):
+        ours(images(rng, shape))
+    if ours.affine:
+        ours.weight[...], ours.bias[...] = parameters(rng, 5)[:2]
+    theirs.load_state_dict(torch_state(ours.state_dict()))
+    x = images(rng, shape)
+    assert_like_torch(ours.eval()(x), theirs.eval()(torch.from_numpy(x)))
+
+    theirs.train()
+    theirs(torch.from_numpy(images(rng, shape)))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.uniform_(0.5, 2)
+    ours.load_state_dict(theirs.state_dict())
+    for name, value in theirs.state_dict().items():
+        assert_same_bits(ours.state_dict()[name], value.numpy(), name)
+    assert_like_torch(ours(x), theirs.eval()(torch.from_numpy(x)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": None},
+        {"momentum": 0.3, "eps": 0.01},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"affine": False, "track_running_stats": False, "momentum": None},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_course_of_training_and_evaluation_is_that_of_torch(rng, kind, options):
+    ours_type, theirs_type, shape = LAYERS[kind]
+    ours, theirs = ours_type(5, **options), theirs_type(5, **options)
+    for step in range(8):
+        x = images(rng, shape)
+        dy = rng.standard_normal(shape).astype(np.float32)
+        mode = step not in (3, 6)
+        ours.train(mode)
+        theirs.train(mode)
+        tx = tensor(x, requires_grad=True)
+        ty = theirs(tx)
+        assert_like_torch(ours(x), ty, step)
+        ty.backward(tensor(dy))
+        assert_like_torch(ours.backward(dy), tx.grad, step)
+        for name, value in theirs.state_dict().items():
+            got = ours.state_dict()[name]
+            if name == "num_batches_tracked":
+                assert_same_bits(got, value.numpy(), step)
+            else:
+                assert_like_torch(got, value, (step, name))
+        if ours.affine:
+            assert_like_torch(ours.weight_grad, theirs.weight.grad, step)
+            assert_like_torch(ours.bias_grad, theirs.bias.grad, step)
+
+
+def test_an_empty_batch_does_to_a_layer_what_it_does_in_torch():
+    ours, theirs = pybn.BatchNorm2d(3), torch.nn.BatchNorm2d(3)
+    assert_like_torch(ours(np.zeros((0, 3, 2, 2), np.float32)), theirs(torch.zeros(0, 3, 2, 2)))
+    for name, value in theirs.state_dict().items():
+        assert_same_bits(ours.state_dict()[name], value.numpy(), name)
+
+
+def test_parameters_in_another_memory_order_arrive_in_order():
+    """A torch state may hold views; values count, not strides."""
+    state = torch.nn.BatchNorm1d(3).state_dict()
+    state["weight"] = torch.arange(6.0)[::2]
+    layer = pybn.BatchNorm1d(3)
+    layer.load_state_dict(copy.copy(state))
+    assert_same_bits(layer.weight, np.array([0, 2, 4], np.float32))
+
+
+def test_signatures_begin_as_those_of_torch():
+    def parameters_of(function, first):
+        return [(p.name, p.default) for p in list(inspect.signature(function).parameters.values())[first:]]
+
+    theirs = parameters_of(torch.nn.functional.batch_norm, 1)
+    assert parameters_of(pybn.batch_norm, 1)[: len(theirs)] == theirs
+    for ours_type, theirs_type, _ in LAYERS.values():
+        assert parameters_of(ours_type, 0)[:5] == parameters_of(theirs_type, 0)[:5]
