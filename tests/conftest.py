@@ -14,6 +14,7 @@ from pybn import _core
 from pybn._config import configure_from_environment
 
 settings.register_profile("reproducible", deadline=None, derandomize=True, max_examples=150)
+settings.register_profile("fuzz", deadline=None, max_examples=15_000)
 settings.load_profile("reproducible")
 
 # Each is or straddles the end of a vector of 4, 8 or 16 values, or of an unrolled step of them.
