@@ -23,15 +23,6 @@ bool can_merge(const Axis& outer, const Axis& inner) {
   return true;
 }
 
-}  // namespace
-
-bool lies_outside(std::ptrdiff_t a, std::ptrdiff_t b) {
-  if (a == 0 || b == 0) return a == 0 && b != 0;
-  return std::abs(a) > std::abs(b);
-}
-
-namespace {
-
 // The axes other than the channel axis, from the largest stride to the smallest, merged where possible.
 std::vector<Axis> merged_axes(std::vector<Axis> axes) {
   std::stable_sort(axes.begin(), axes.end(),
@@ -85,6 +76,11 @@ std::optional<Layout> find_layout(const std::vector<std::ptrdiff_t>& shape, std:
     return layout(axes.size() == 2 ? axes.front() : none, axes.back());
   if (axes.size() == 1 && (channel.is_contiguous() || channel.size == 1)) return layout(axes.front(), none);
   return std::nullopt;
+}
+
+bool lies_outside(std::ptrdiff_t a, std::ptrdiff_t b) {
+  if (a == 0 || b == 0) return a == 0 && b != 0;
+  return std::abs(a) > std::abs(b);
 }
 
 }  // namespace pybn

@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 from fold_models import batch_norm, batch_norms, bn_node, model, reference, runtime
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper
 
@@ -32,7 +32,6 @@ def assert_same(proto: onnx.ModelProto, x: np.ndarray, tolerance: float | None =
     np.testing.assert_allclose(actual, expected, rtol=0, atol=bound * scale * 10)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     seed=SEEDS,
     dims=st.integers(1, 3),
@@ -73,7 +72,6 @@ def test_conv(seed, dims, groups, depthwise, has_bias, pads, dilation, dtype):
     assert_same(model(nodes, constants, x.shape, [None] * x.ndim, dtype=dtype), x)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     seed=SEEDS,
     dims=st.integers(1, 3),
@@ -138,7 +136,6 @@ def test_conv_transpose_as_onnxruntime_runs_it(groups, dims):
     np.testing.assert_allclose(runtime(folded, x=x)[0], runtime(proto, x=x)[0], rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     seed=SEEDS,
     trans_a=st.booleans(),
@@ -167,7 +164,6 @@ def test_gemm(seed, trans_a, trans_b, alpha, beta, bias, dtype):
     assert_same(model(nodes, constants, x.shape, [rows, features], dtype=dtype), x)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     seed=SEEDS,
     addend=st.sampled_from([None, "right", "left"]),

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from fold_models import batch_norm, batch_norms, bn_node, conv_model, model, net_model, value
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper
 
@@ -89,7 +89,6 @@ def test_damage_outside_the_folds_is_caught_end_to_end():
     assert not checked.passed
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     inner=st.sampled_from([1, 7, 300]),

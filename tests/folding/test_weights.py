@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
@@ -27,7 +27,6 @@ def as_torch(*arrays):
     return [None if a is None else torch.from_numpy(a.copy()) for a in arrays]
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 10**6),
     st.integers(1, 3),
@@ -203,7 +202,6 @@ def test_affine_of_absent_parameters():
     assert affine.without_shift().shift.tolist() == [0.0]
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.integers(0, 2**62), st.booleans())
 def test_bfloat16_is_rounded_once(bits, near_tie):
     mantissa = bits & (2**52 - 1)
