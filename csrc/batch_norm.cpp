@@ -59,8 +59,8 @@ struct Wave {
   }
 };
 
-// Every operation is this: reduce(tile, segment) for all tiles of some channels, merge(first_channel, channels) their
-// partial results, apply(tile) for the same tiles, last first. Steps that an operation does not have do nothing.
+// A whole pass: reduce(tile, segment) for all tiles of a wave, merge(first_channel, channels) their partial results,
+// apply(tile) for the same tiles, last first.
 template <class Reduce, class Merge, class Apply>
 void run(const Plan& plan, const Reduce& reduce, const Merge& merge, const Apply& apply) {
   const std::size_t waves = (plan.channels() + plan.wave - 1) / plan.wave;
@@ -82,6 +82,7 @@ void run(const Plan& plan, const Reduce& reduce, const Merge& merge, const Apply
   }
 }
 
+// The first half of a pass, and the second, on their own.
 template <class Reduce, class Merge>
 void run_reduction(const Plan& plan, const Reduce& reduce, const Merge& merge) {
   const Wave all(plan, 0);
