@@ -64,6 +64,10 @@ __all__ = [
 configure_from_environment()
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     """Import what needs onnx when it is first used, so that `import pybn` needs NumPy alone."""
     if name not in ("FoldResult", "fold_onnx"):

@@ -28,16 +28,23 @@ def shape_text(shape: tuple[int, ...]) -> str:
     return str(tuple(int(n) for n in shape))
 
 
-def as_float_array(name: str, value: npt.ArrayLike) -> Array:
-    """`value` as a plain ndarray of native float32 or float64; a view wherever possible."""
+def as_plain_array(name: str, value: npt.ArrayLike) -> Array:
+    """`value` as an ndarray: array-likes, and what NumPy can convert, such as a torch tensor on the CPU."""
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(
             f"{name} is a masked array, whose mask would be ignored; pass {name}.data, or {name}.filled(...)"
         )
     try:
-        array = np.asarray(value)
+        return np.asarray(value)
     except Exception as error:  # whatever the foreign type's conversion raises
         raise TypeError(f"{name} is a {type(value).__name__}, which cannot become a NumPy array: {error}") from error
+
+
+def as_float_array(name: str, value: npt.ArrayLike) -> Array:
+    """`value` as a plain ndarray of native float32 or float64; a view wherever possible."""
+    if type(value) is np.ndarray and (value.dtype is _FLOAT32 or value.dtype is _FLOAT64):  # the usual case, soon done
+        return value
+    array = as_plain_array(name, value)
     if array.dtype in _FLOATS:
         return array
     native = array.dtype.newbyteorder("=")

@@ -24,7 +24,8 @@ OPTIONAL_PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "torch", "typer", "rich",
 WRONG_USAGE = 2
 
 app = typer.Typer(
-    help="Batch normalization on the CPU, done completely.",
+    help="Fold the batch norms of trained ONNX models into their weights, and show what this installation of pybn is.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     # Errors are one line; a traceback would be a bug of pybn, shown as Python shows it.
@@ -70,32 +71,32 @@ def fold(
     ] = None,
     check: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Compare both models on N random inputs."),
+        typer.Option(metavar="N", min=1, help="Compare both models on N random batches."),
     ] = None,
     check_data: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.npz",
-            help="Compare both models on your inputs, by input name; "
+            help="Compare both models on your data: an array for each input, by its name; "
             "an array `labels` gives the accuracy before and after.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
 ) -> None:
-    """Remove the batch norms of a trained ONNX model, exactly.
+    """Fold the batch norms of a trained ONNX model into the weights before them.
 
-    Every batch norm that stays is listed with the reason. With a check, OUT is written only if
-    the check passes.
+    Every batch norm that stays is listed with the reason. With a check, every folded operator is compared with the
+    original against its own rounding bound, and OUT is written only if all pass.
 
     **Examples**
 
-    `pybn fold model.onnx` writes model.folded.onnx
+    - `pybn fold model.onnx` (writes model.folded.onnx)
 
-    `pybn fold model.onnx small.onnx --check 16` proves it on 16 random inputs
+    - `pybn fold model.onnx small.onnx --check 16` (compares both models on 16 random batches)
 
-    `pybn fold model.onnx --check-data test.npz` proves it on real inputs
+    - `pybn fold model.onnx --check-data test.npz` (compares them on your data)
 
-    `pybn fold model.onnx --json > report.json` for scripts
+    - `pybn fold model.onnx --json > report.json` (for scripts)
 
     **Exit codes**: 0 done, also if there was nothing to fold; 1 the model cannot be read or
     written, or the check failed; 2 wrong usage.

@@ -111,6 +111,8 @@ class _BatchNorm:
                 return self._forward(x, out, self.momentum, counter)
             return self._forward(x, out, 0.0 if counter is None else 1 / (int(counter) + 1), counter)
 
+    forward = __call__
+
     def _forward(self, x: Array, out: Array | None, momentum: float, counter: Array | None) -> Array:
         y, self._saved = forward(
             x,
@@ -194,12 +196,15 @@ class _BatchNorm:
         ValueError
             A value of another shape, or a negative variance. The layer is unchanged after any error.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state is a {type(state).__name__}, expected a mapping from names to arrays")
         own = self._state()
         missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
         missing -= {"num_batches_tracked"}  # absent from old checkpoints, as PyTorch allows
         if strict and (missing or unknown):
             raise KeyError(
-                f"state has missing names {sorted(missing)} and unknown names {sorted(unknown)}, expected {list(own)}"
+                f"state has the names {sorted(state)}, expected {list(own)}: names without the prefix that a whole "
+                "network's state dict gives them"
             )
         values = {name: _state_value(name, state[name], own[name]) for name in own if name in state}
         for name, value in values.items():
@@ -241,10 +246,7 @@ class _BatchNorm:
 
 
 def _state_value(name: str, value: Any, own: Array) -> Array:
-    try:
-        array = np.asarray(value)
-    except Exception as error:
-        raise TypeError(f"{name} is a {type(value).__name__}, which cannot become a NumPy array: {error}") from error
+    array = _arrays.as_plain_array(name, value)
     if array.shape != own.shape:
         raise ValueError(
             f"{name} has shape {_arrays.shape_text(array.shape)}, expected {_arrays.shape_text(own.shape)}"

@@ -27,7 +27,7 @@ def print_report(report: FoldReport) -> None:
     else:
         summary = f"{folded} of {total} batch norms folded, {total - folded} left"
         console.print(summary, style="bold green" if folded == total else "bold yellow")
-    if report.check is not None:
+    if report.check is not None and report.folds:  # without a fold, both models are the same file
         _print_check(console, report.check)
     if report.output is not None:
         console.print(f"wrote {printable(report.output.path)} ({_size(report.output.bytes)})")
@@ -57,7 +57,7 @@ def _folds(report: FoldReport) -> Table:
         style = None
         check = checks.get(fold.name)
         if checks:
-            cells += ["", ""] if check is None else [f"{check.error:.1e}", f"{check.bound:.1e}"]
+            cells += ["(see next)", ""] if check is None else [f"{check.error:.1e}", f"{check.bound:.1e}"]
         if check is not None and not check.passed:
             style = "bold red"
         table.add_row(*map(Text, cells), style=style)
@@ -74,7 +74,7 @@ def _left(report: FoldReport) -> Table:
 
 
 def _print_check(console: Console, check: Check) -> None:
-    inputs = "1 input" if check.inputs == 1 else f"{check.inputs} inputs"
+    inputs = "1 run" if check.inputs == 1 else f"{check.inputs} runs"
     judged = [output for output in check.outputs if output.bound is not None or not output.passed]
     if judged:
         worst = max(judged, key=_closeness)

@@ -120,7 +120,7 @@ def test_json_is_alone_on_standard_output(model):
 def test_check_shows_error_bound_and_times(model):
     result = run("fold", model, "--check", 3)
     assert result.exit_code == 0
-    assert "checked on 3 inputs: largest error" in result.stdout
+    assert "checked on 3 runs: largest error" in result.stdout
     assert "bound" in result.stdout
     assert "ms before" in result.stdout
 

@@ -396,8 +396,8 @@ def test_state_survives_npz(rng, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"weight": None}, KeyError, r"missing names.*weight"),
-        ({"surplus": np.ones(5)}, KeyError, r"unknown names.*surplus"),
+        ({"weight": None}, KeyError, r"state has the names .*expected.*weight"),
+        ({"surplus": np.ones(5)}, KeyError, r"state has the names.*surplus.*expected"),
         ({"running_var": np.ones(6)}, ValueError, r"running_var has shape \(6,\), expected \(5,\)"),
         ({"running_var": np.ones((5, 1))}, ValueError, r"running_var has shape \(5, 1\), expected \(5,\)"),
         ({"running_var": -np.ones(5)}, ValueError, "running_var is negative in channel 0"),

@@ -2,15 +2,19 @@
 
 Read in this order; each file uses only those above it:
 
-- ``reasons``  why a batch norm is left alone: the codes, and what would unlock each
-- ``affine``   the map ``y = scale * x + shift`` that a batch norm is, and its rounding
-- ``weights``  the array algebra: a map absorbed by the weights of a linear operator
-- ``graph``    what a rule may ask of an ONNX graph: constants and shapes
-- ``rules``    one function per operator: how a map that follows it passes through it
-- ``report``   what was folded, what was left, and what the check found
-- ``onnx``     the fold of a whole model
-- ``files``    reading models without trusting them, writing them atomically
-- ``verify``   the proof that a folded model computes what the original did
+- ``reasons``     why a batch norm is left alone: the codes, and what would unlock each
+- ``affine``      the map ``y = scale * x + shift`` that a batch norm is, and its rounding
+- ``weights``     the array algebra: a map absorbed by the weights of a linear operator
+- ``graph``       what a rule may ask of an ONNX graph: constants and shapes
+- ``rules``       one function per operator: how a map that follows it passes through it
+- ``editor``      changing a graph: new constants, a batch norm taken out
+- ``report``      what was folded, what was left, and what the check found
+- ``files``       reading models without trusting them, writing them atomically
+- ``onnx``        the fold of a whole model
+- ``runtime``     running models, and timing them
+- ``inputs``      what to run them on
+- ``fold_proof``  the rounding bound of one fold, and the comparison with it
+- ``verify``      the comparison of a folded model with its original
 
 Importing this package needs NumPy only; `fold_onnx` needs ``pybn[onnx]``.
 """

@@ -53,7 +53,11 @@ def load_inputs(model: onnx.ModelProto, path: str | Path) -> tuple[list[Feeds], 
     try:
         # Opened here because np.load leaves a damaged file open.
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            if isinstance(archive, np.ndarray):
+                raise CheckError(f"{file}: holds one array without a name, expected an .npz file (numpy.savez)")
             arrays = {name: archive[name] for name in archive.files}
+    except CheckError:
+        raise
     except OSError as error:
         raise CheckError(f"{file}: {error.strerror or first_line(error)}") from error
     except Exception as error:  # zipfile, zlib, pickle and NumPy each raise their own

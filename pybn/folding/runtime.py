@@ -37,6 +37,11 @@ class Session:
         try:
             self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a class of its own per failure
+            if "Unsupported model IR version" in str(error):
+                raise CheckError(
+                    f"the installed onnxruntime {ort.__version__} cannot load IR version {model.ir_version}: "
+                    "upgrade onnxruntime, lower the model's ir_version, or leave out the check"
+                ) from error
             raise CheckError(f"onnxruntime cannot load {what}: {first_line(error)}") from error
 
     def run(self, feeds: Mapping[str, Array]) -> list[Any]:

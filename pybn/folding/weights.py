@@ -7,11 +7,11 @@ operators call the same functions, so there is one algebra.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pybn._arrays import as_plain_array
 from pybn.folding.affine import Affine, Array, Float64, is_supported, round_to
 
 
@@ -216,9 +216,7 @@ def _vector(values: npt.ArrayLike, name: str, channels: int) -> Array:
 
 
 def _floats(values: npt.ArrayLike, name: str) -> Array:
-    if isinstance(values, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array, expected a plain one (its .data or .filled())")
-    array: npt.NDArray[Any] = np.asarray(values)
+    array = as_plain_array(name, values)
     if not is_supported(array.dtype):
         raise TypeError(f"{name} has dtype {array.dtype}, expected float16, bfloat16, float32 or float64")
     return array
