@@ -15,7 +15,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=RESNET50, ids=lambda s: f"{s[0]}@{s[1]}")
+@pytest.fixture(scope="module", params=RESNET50, ids=lambda s: f"{s[0]}x{s[1]}x{s[1]}")
 def shape(request: pytest.FixtureRequest) -> Shape:
     """One tensor of the list."""
     return Shape(*request.param)
