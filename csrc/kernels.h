@@ -24,9 +24,8 @@ constexpr std::size_t kGroup = 64;
 // stay in registers.
 constexpr std::size_t kTileBytes = 16384;
 
-// How far ahead of its use memory is fetched. The hardware's own prefetching leaves a core waiting: with this, reading
-// alone took 0.88 and writing alone 0.78 of the time (a copy of 100 MB being 1: 0.54 to 0.47 and 0.63 to 0.49); 1 to 4
-// KiB were alike.
+// How far ahead of its use memory is fetched, also memory that is only written. The hardware's own prefetching leaves a
+// core waiting: training forward on 56x56 planes takes 1.4 copies without this, 1.2 with it; 1 to 4 KiB are alike.
 constexpr std::size_t kAheadBytes = 2048;
 constexpr std::size_t kLineBytes = 64;
 
