@@ -27,7 +27,7 @@ def functions(shape: Shape) -> dict:
     return contenders(shape)
 
 
-@pytest.mark.parametrize(("operation", "who"), CASES, ids="-".join)
+@pytest.mark.parametrize(("operation", "who"), CASES)
 def test_batch_norm(benchmark: BenchmarkFixture, shape: Shape, functions: dict, operation: str, who: str) -> None:
     """Time one contender; `extra_info` holds what is needed to compare runs."""
     benchmark.group = f"{operation} {shape}"
