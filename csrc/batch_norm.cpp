@@ -127,9 +127,11 @@ class StatsReduction {
     for (std::size_t c = first_channel; c < first_channel + channels; ++c) {
       const SumPair total = partials_.total(c);
       const double offset = total.first / count_;
-      const double var = (total.second - total.first * offset) / count_;
-      result(c, static_cast<double>(*x_.at(0, c, 0)) + offset,
-             var < 0 ? 0 : var);  // rounding can leave -1e-17; NaN stays
+      double var = (total.second - total.first * offset) / count_;
+      if (var < 0) var = 0;  // rounding can leave -1e-17; NaN stays
+      // Squares of values beyond 1e154 overflow: the variance is infinite then, not infinity less infinity.
+      if (std::isinf(total.second) && std::isfinite(total.first)) var = total.second;
+      result(c, static_cast<double>(*x_.at(0, c, 0)) + offset, var);
     }
   }
 
@@ -199,9 +201,11 @@ void Normalization<T>::set(std::size_t c, double channel_mean, double var, Param
   invstd[c] = 1 / std::sqrt(var + eps);
   center_hi[c] = static_cast<T>(channel_mean);
   center_lo[c] = static_cast<T>(channel_mean - static_cast<double>(center_hi[c]));
-  // Bounded, so that a constant channel with a tiny eps is 0 * (a large number) rather than 0 * infinity.
-  const double bounded = std::min(invstd[c], static_cast<double>(std::numeric_limits<T>::max()));
-  scale[c] = static_cast<T>(weight ? weight[c] * bounded : bounded);
+  // A finite scale stays finite, so that a constant channel gives 0 * (a large number) rather than 0 * infinity.
+  constexpr double largest = static_cast<double>(std::numeric_limits<T>::max());
+  const double bounded = std::min(invstd[c], largest);
+  const double product = weight ? weight[c] * bounded : bounded;
+  scale[c] = static_cast<T>(std::isfinite(product) ? std::clamp(product, -largest, largest) : product);
   shift[c] = static_cast<T>(bias ? bias[c] : 0);
 }
 

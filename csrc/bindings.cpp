@@ -8,11 +8,14 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <numeric>
 #include <optional>
 #include <stdexcept>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -167,17 +170,37 @@ py::array empty_like(const py::array& x) {
   return py::array(x.dtype(), shape, strides, data, owner);
 }
 
+bool interpreter_is_finalizing() {
+#if PY_VERSION_HEX >= 0x030D0000
+  return Py_IsFinalizing() != 0;
+#else
+  return _Py_IsFinalizing() != 0;
+#endif
+}
+
 bool python_signal_is_pending() {
+  if (interpreter_is_finalizing()) return false;
   py::gil_scoped_acquire gil;
   return PyErr_CheckSignals() != 0;
 }
 
 // Runs f without the GIL; a KeyboardInterrupt raised meanwhile comes out of here.
+//
+// A daemon thread that asks for the GIL while the interpreter shuts down is ended by force, which no C++ frame survives
+// (the process aborts); so it stays here instead, as Python 3.14 itself lets such threads do.
 template <class F>
 void compute(const F& f) {
+  std::exception_ptr error;
+  PyThreadState* const state = PyEval_SaveThread();
   try {
-    py::gil_scoped_release release;
     f();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  while (interpreter_is_finalizing()) std::this_thread::sleep_for(std::chrono::hours(1));
+  PyEval_RestoreThread(state);
+  try {
+    if (error) std::rethrow_exception(error);
   } catch (const Interrupted&) {
     throw py::error_already_set();
   }

@@ -9,7 +9,7 @@ combination loses anything before the one rounding of the result.
 
 from __future__ import annotations
 
-import sys
+import math
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ Array = npt.NDArray[Any]
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _FLOATS = (_FLOAT32, _FLOAT64)
-_LARGEST = sys.float_info.max
 
 
 def shape_text(shape: tuple[int, ...]) -> str:
@@ -47,8 +46,7 @@ def as_float_array(name: str, value: npt.ArrayLike) -> Array:
     array = as_plain_array(name, value)
     if array.dtype in _FLOATS:
         return array
-    native = array.dtype.newbyteorder("=")
-    if native in _FLOATS:
+    if array.dtype.kind == "f" and (native := array.dtype.newbyteorder("=")) in _FLOATS:
         return array.astype(native)
     raise TypeError(f"{name} has dtype {array.dtype}, expected float32 or float64")
 
@@ -178,12 +176,11 @@ def output(name: str, value: Any, x: Array, inputs: dict[str, Array | None]) -> 
 
 def is_same_memory(a: Array, b: Array) -> bool:
     """Whether two arrays are element by element the same memory."""
-    return (
-        a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
-        and a.shape == b.shape
-        and a.strides == b.strides
-        and a.dtype == b.dtype
-    )
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.__array_interface__["data"][0] != b.__array_interface__["data"][0]:
+        return False
+    return all(p == q for p, q, n in zip(a.strides, b.strides, a.shape, strict=True) if n > 1)
 
 
 def overlaps_in_part(a: Array, b: Array) -> bool:
@@ -198,9 +195,21 @@ def overlaps_in_part(a: Array, b: Array) -> bool:
 
 def positive(name: str, value: float) -> float:
     """A finite number > 0."""
-    if _is_real(value) and 0 < value <= _LARGEST:
-        return float(value)
+    if _is_real(value):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if 0 < number < math.inf:
+            return number
     raise ValueError(f"{name} is {value!r}, expected a finite number > 0")
+
+
+def flag(name: str, value: bool) -> bool:
+    """True or False."""
+    if isinstance(value, (bool, np.bool_, int)):
+        return bool(value)
+    raise TypeError(f"{name} is {value!r}, expected True or False")
 
 
 def factor(momentum: float | None) -> float:

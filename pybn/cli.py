@@ -17,6 +17,9 @@ def main() -> None:
         from pybn.commands import app
 
         app()
+    except OSError as error:  # of standard output: a full disk behind a redirection
+        print(f"pybn: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in OPTIONAL:

@@ -101,17 +101,21 @@ def fold(
     **Exit codes**: 0 done, also if there was nothing to fold; 1 the model cannot be read or
     written, or the check failed; 2 wrong usage.
     """
+    if not source.name:
+        _fail(f"IN is {str(source)!r}, expected the path of an ONNX model", WRONG_USAGE)
     destination = target or source.with_name(f"{source.stem}.folded.onnx")
     if _is_same_file(source, destination):
         _fail("OUT is the same file as IN", WRONG_USAGE)
     # Imported here so that `pybn info` works without onnx.
-    from pybn.folding.files import ModelError, read_model, write_model
+    from pybn.folding.files import ModelError, external_data_files, read_model, write_model
     from pybn.folding.onnx import fold_onnx
 
     # Errors are one line of ours; onnx-ir's warnings on odd models would come on top.
     logging.getLogger("onnx_ir").addHandler(logging.NullHandler())
     try:
         original, input_info = read_model(source)
+        if destination.exists() and destination.resolve() in external_data_files(source):
+            _fail("OUT is a file in which IN keeps its weights", WRONG_USAGE)
         result = fold_onnx(original)
         report = replace(result.report, input=input_info)
         if check is not None or check_data is not None:

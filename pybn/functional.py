@@ -176,6 +176,7 @@ def forward(
     channels = x.shape[axis]
     weight = _arrays.per_channel("weight", weight, channels, axis)
     bias = _arrays.per_channel("bias", bias, channels, axis)
+    training = _arrays.flag("training", training)
     eps = _arrays.positive("eps", eps)
     momentum = _arrays.factor(momentum)
     act = _arrays.activation(activation)
@@ -246,9 +247,8 @@ def batch_norm_backward(
     """Gradients of `batch_norm_forward`.
 
     In training ``dx = (dy - dbias/n - (x - mean) * invstd^2 * sum((x - mean) * dy)/n) * invstd * weight``; in
-    evaluation
-    ``dx = dy * invstd * weight``. ``dweight = sum((x - mean) * dy) * invstd``, ``dbias = sum(dy)``. With a fused
-    activation, dy is first passed back through it, its mask recomputed from x.
+    evaluation ``dx = dy * invstd * weight``. ``dweight = sum((x - mean) * dy) * invstd``, ``dbias = sum(dy)``. With a
+    fused activation, dy is first passed back through it, its mask recomputed from x.
 
     Parameters
     ----------
@@ -296,14 +296,14 @@ def batch_norm_backward(
             sum_dy, sum_dy_xmu = _core.backward_reduce(dy, x, axis, normalization, act)
     else:
         result = _arrays.Result(axis, out, dy, x)
+        if out is not None and _arrays.is_same_memory(x, out):
+            saved._x = None  # before the first byte of it changes
         dy, x = result.inputs
         if saved.training or wants_dweight or wants_dbias:
             sum_dy, sum_dy_xmu = _core.backward(dy, x, result.target, axis, normalization, act, saved.training)
         else:
             _core.backward_elemt(dy, x, result.target, axis, normalization, act, None)
         dx = result.finish()
-        if out is not None and _arrays.is_same_memory(x, out):
-            saved._x = None
     with np.errstate(over="ignore"):  # a sum beyond float32 becomes Inf, as in PyTorch
         return Gradients(
             dx,

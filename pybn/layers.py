@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,11 +75,9 @@ class _BatchNorm:
             raise TypeError(f"num_features is {num_features!r}, expected an integer >= 1")
         if num_features < 1:
             raise ValueError(f"num_features is {num_features}, expected at least 1")
-        if channel_axis not in (1, -1):
+        if not isinstance(channel_axis, int) or channel_axis not in (1, -1):
             raise ValueError(f"channel_axis is {channel_axis!r}, expected 1 (NCHW) or -1 (NHWC)")
-        dtype = np.dtype(dtype)
-        if dtype not in (np.float32, np.float64):
-            raise TypeError(f"dtype is {dtype}, expected float32 or float64")
+        dtype = _dtype(dtype)
         _arrays.activation(activation)
         self.num_features = int(num_features)
         self.eps = _arrays.positive("eps", eps)
@@ -97,7 +97,8 @@ class _BatchNorm:
         self.weight_grad: Array | None = None
         self.bias_grad: Array | None = None
         self._saved: Saved | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # reentrant: a signal handler may call the layer that it interrupts
+        _layers.add(self)
 
     def __call__(self, x: npt.ArrayLike, *, out: Array | None = None) -> Array:
         """Normalize `x`; see `pybn.batch_norm` for shapes, types and errors."""
@@ -182,7 +183,8 @@ class _BatchNorm:
 
     def state_dict(self) -> dict[str, Array]:
         """Copies of parameters and running statistics, under the names and with the shapes of PyTorch's layer."""
-        return {name: value.copy() for name, value in self._state().items()}
+        with self._lock:
+            return {name: value.copy() for name, value in self._state().items()}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Take parameters and running statistics from `state`: arrays or torch tensors, as `state_dict` gives them.
@@ -207,8 +209,9 @@ class _BatchNorm:
                 "network's state dict gives them"
             )
         values = {name: _state_value(name, state[name], own[name]) for name in own if name in state}
-        for name, value in values.items():
-            own[name][...] = value
+        with self._lock:
+            for name, value in values.items():
+                own[name][...] = value
 
     def _state(self) -> dict[str, Array]:
         names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -242,10 +245,22 @@ class _BatchNorm:
         return {name: value for name, value in vars(self).items() if name not in ("_lock", "_saved")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _saved=None, _lock=threading.Lock())
+        vars(self).update(state, _saved=None, _lock=threading.RLock())
+        _layers.add(self)
+
+
+def _dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
+    try:
+        found = None if dtype is None else np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in (np.float32, np.float64):
+        raise TypeError(f"dtype is {repr(dtype) if found is None else found}, expected float32 or float64")
+    return found
 
 
 def _state_value(name: str, value: Any, own: Array) -> Array:
+    """A copy of `value` in the dtype of `own`, checked."""
     array = _arrays.as_plain_array(name, value)
     if array.shape != own.shape:
         raise ValueError(
@@ -253,9 +268,26 @@ def _state_value(name: str, value: Any, own: Array) -> Array:
         )
     if not np.can_cast(array.dtype, own.dtype, "same_kind"):
         raise TypeError(f"{name} has dtype {array.dtype}, expected {own.dtype}")
-    if name == "running_var" and (array < 0).any():
-        raise ValueError(f"running_var is negative in channel {int(np.argmax(array < 0))}, expected values >= 0")
-    return array
+    if name in ("running_var", "num_batches_tracked") and (array < 0).any():
+        raise ValueError(f"{name} has the negative value {array.min()}, expected values >= 0")
+    with np.errstate(over="ignore"):
+        converted = array.astype(own.dtype)
+    if (np.isfinite(array) & ~np.isfinite(converted)).any():
+        raise ValueError(f"{name} has values that overflow {own.dtype}, the layer's dtype")
+    return converted
+
+
+# Locks are copied into a forked child as they are, held or not, and nobody there would release them.
+_layers: weakref.WeakSet[_BatchNorm] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    for layer in _layers:
+        layer._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 class BatchNorm1d(_BatchNorm):

@@ -292,3 +292,17 @@ def test_the_mask_in_training_is_that_of_the_forward_pass(instruction_set, rng):
     _, _, dbias = pybn.batch_norm_backward(np.ones_like(x), saved)
     np.testing.assert_array_equal(dbias, (y > 0).sum((0, 2, 3)))
     np.testing.assert_array_equal(dbias, [1600, 1600])
+
+
+def test_a_variance_beyond_float64_is_infinite_and_not_nan(instruction_set, rng):
+    x = rng.standard_normal((50, 2)) * 1e160
+    mean, var = np.zeros(2), np.ones(2)
+    y = pybn.batch_norm(x, mean, var, training=True, check_finite=True)
+    assert not y.any()
+    assert np.isinf(var).all()
+
+
+def test_a_constant_channel_is_its_bias_however_large_the_weight(instruction_set):
+    x = np.full((8, 1, 3), 5, np.float32)
+    y, _ = pybn.batch_norm_forward(x, np.array([1e37], np.float32), np.array([3], np.float32), eps=1e-30)
+    assert (y == 3).all()

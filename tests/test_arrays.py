@@ -569,3 +569,24 @@ def test_any_strides_and_byte_order_give_the_result_of_the_contiguous_copy(x, ch
         target = x.copy(order="K")
         assert pybn.batch_norm(target, mean, var, channel_axis=channel_axis, out=target) is target
         assert_same_bits(np.ascontiguousarray(target), np.ascontiguousarray(y))
+
+
+def test_the_same_memory_is_the_same_whatever_the_strides_of_axes_of_one():
+    base = np.arange(12, dtype=np.float32).reshape(4, 3)
+    x, out = base[:, :, None], base.reshape(4, 3, 1)
+    assert x.strides != out.strides
+    expected, _ = pybn.batch_norm_forward(base.copy()[:, :, None])
+    pybn.batch_norm_forward(x, out=out)
+    assert_same_bits(base, expected[:, :, 0])
+
+
+@pytest.mark.parametrize("eps", [np.float16(1e-3), np.float32(1e-5), np.float64(1e-5), 1])
+def test_eps_may_be_any_real_number(eps):
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    y, _ = pybn.batch_norm_forward(x, eps=eps)
+    assert_same_bits(y, pybn.batch_norm_forward(x, eps=float(eps))[0])
+
+
+def test_training_is_a_bool():
+    with pytest.raises(TypeError, match=r"training is .*, expected True or False"):
+        pybn.batch_norm(np.ones((4, 3)), np.zeros(3), np.ones(3), training=np.array([True, False]))

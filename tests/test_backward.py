@@ -216,3 +216,13 @@ def test_the_weight_may_change_between_the_passes(rng):
     before = pybn.batch_norm_backward(x, saved).dx
     weight[...] = np.nan
     assert_same_bits(pybn.batch_norm_backward(x, saved).dx, before)
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["contiguous", "strided dy"])
+def test_a_backward_pass_into_x_is_the_last_one(rng, step):
+    x = rng.standard_normal((4, 3, 5)).astype(np.float32)
+    dy = rng.standard_normal((4, 3, 5 * step)).astype(np.float32)[:, :, ::step]
+    _, saved = pybn.batch_norm_forward(x)
+    pybn.batch_norm_backward(dy, saved, out=x)
+    with pytest.raises(ValueError, match="x was overwritten by a pass with out=x"):
+        pybn.batch_norm_backward(dy, saved)

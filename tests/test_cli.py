@@ -201,7 +201,7 @@ def test_missing_directory_and_unreadable(tmp_path, model):
     one_line_error(run("fold", tmp_path / "none.onnx"), "No such file")
     one_line_error(run("fold", tmp_path), "is a directory")
     one_line_error(run("fold", model, tmp_path / "no" / "out.onnx"), "No such file")
-    one_line_error(run("fold", model, tmp_path), "nothing was written")
+    one_line_error(run("fold", model, tmp_path), "is not a regular file")
 
 
 def test_names_cannot_control_the_terminal(tmp_path, model):
@@ -289,3 +289,20 @@ def test_import_pybn_needs_none_of_them(tmp_path):
         "sys.exit(str(bad) if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_out_that_holds_the_weights_of_in_is_refused(model, tmp_path):
+    source = tmp_path / "external.onnx"
+    onnx.save(onnx.load(model), source, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    weights = (tmp_path / "weights.bin").read_bytes()
+    result = run("fold", str(source), str(tmp_path / "weights.bin"))
+    assert result.exit_code == 2
+    assert "OUT is a file in which IN keeps its weights" in result.stderr
+    assert (tmp_path / "weights.bin").read_bytes() == weights
+
+
+@pytest.mark.parametrize("source", ["", "/"])
+def test_in_without_a_name_is_wrong_usage(source):
+    result = run("fold", source)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1

@@ -400,7 +400,7 @@ def test_state_survives_npz(rng, tmp_path):
         ({"surplus": np.ones(5)}, KeyError, r"state has the names.*surplus.*expected"),
         ({"running_var": np.ones(6)}, ValueError, r"running_var has shape \(6,\), expected \(5,\)"),
         ({"running_var": np.ones((5, 1))}, ValueError, r"running_var has shape \(5, 1\), expected \(5,\)"),
-        ({"running_var": -np.ones(5)}, ValueError, "running_var is negative in channel 0"),
+        ({"running_var": -np.ones(5)}, ValueError, "running_var has the negative value -1.0, expected values >= 0"),
         ({"running_mean": np.ones(5, complex)}, TypeError, "running_mean has dtype complex128, expected float32"),
         ({"running_mean": ["a"] * 5}, TypeError, "running_mean has dtype <U1, expected float32"),
         ({"num_batches_tracked": np.array([1])}, ValueError, r"num_batches_tracked has shape \(1,\), expected \(\)"),
@@ -444,3 +444,34 @@ def test_an_empty_batch_leaves_the_running_statistics(layer_type):
     assert layer.backward(y).shape == y.shape
     assert np.all(layer.weight_grad == 0)
     assert np.all(layer.bias_grad == 0)
+
+
+def test_a_state_that_cannot_be_loaded_whole_is_not_loaded_in_part():
+    layer = pybn.BatchNorm1d(2)
+    before = layer.state_dict()
+    for bad in (
+        {"running_mean": np.array([1e300, 0])},
+        {"num_batches_tracked": np.array(-1)},
+        {"running_var": np.array([1.0, -1.0])},
+    ):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            layer.load_state_dict({**before, "weight": np.array([7.0, 8.0]), **bad})
+        assert_same_bits(layer.weight, before["weight"])
+
+
+def test_parameters_of_the_layer_itself_can_be_swapped_by_loading():
+    layer = pybn.BatchNorm1d(2)
+    layer.load_state_dict({**layer.state_dict(), "weight": layer.bias, "bias": layer.weight})
+    assert_same_bits(layer.weight, np.zeros(2, np.float32))
+    assert_same_bits(layer.bias, np.ones(2, np.float32))
+
+
+@pytest.mark.parametrize("dtype", [None, "foo", np.float16, np.int32])
+def test_a_dtype_without_kernels_is_refused_by_name(dtype):
+    with pytest.raises(TypeError, match=r"dtype is .*, expected float32 or float64"):
+        pybn.BatchNorm2d(3, dtype=dtype)
+
+
+def test_forward_is_the_call(rng):
+    x = images(rng, (4, 3, 5, 5))
+    assert_same_bits(pybn.BatchNorm2d(3).forward(x), pybn.BatchNorm2d(3)(x))

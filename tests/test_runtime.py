@@ -432,3 +432,71 @@ def test_gradients_too_large_for_their_type_are_infinite_without_a_warning():
     _, saved = pybn.batch_norm_forward(x, np.ones(2, np.float32), np.zeros(2, np.float32))
     gradients = pybn.batch_norm_backward(np.full_like(x, 3e38), saved)
     assert np.all(gradients.dbias == np.inf)
+
+
+def test_a_child_forked_while_another_thread_trains_can_train(tmp_path):
+    code = """
+import os, signal, threading, time, warnings
+import numpy as np, pybn
+warnings.simplefilter("ignore", DeprecationWarning)
+layer = pybn.BatchNorm2d(8)
+x = np.random.default_rng(0).standard_normal((8, 8, 32, 32)).astype(np.float32)
+stop = threading.Event()
+def train():
+    while not stop.is_set():
+        layer(x)
+thread = threading.Thread(target=train)
+thread.start()
+time.sleep(0.1)
+failed = 0
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        layer(x)
+        os._exit(0)
+    failed += os.waitpid(child, 0)[1] != 0
+stop.set()
+thread.join()
+print(failed)
+"""
+    assert run_python(code, tmp_path) == "0"
+
+
+def test_a_signal_handler_may_call_the_layer_that_it_interrupts(tmp_path):
+    code = """
+import signal
+import numpy as np, pybn
+layer = pybn.BatchNorm2d(8)
+x = np.ones((8, 8, 64, 64), np.float32)
+calls = 0
+def handler(*_):
+    global calls
+    calls += 1
+    layer(x)
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+steps = 0
+while calls < 20:
+    layer(x)
+    steps += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(int(layer.num_batches_tracked) == steps + calls)
+"""
+    assert run_python(code, tmp_path) == "True"
+
+
+def test_a_daemon_thread_inside_pybn_does_not_abort_the_exit(tmp_path):
+    code = """
+import threading, time
+import numpy as np, pybn
+x = np.random.default_rng(0).standard_normal((8, 8, 8, 8))
+def work():
+    while True:
+        pybn.batch_norm_forward(x)
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.2)
+print("done")
+"""
+    for _ in range(3):
+        assert run_python(code, tmp_path) == "done"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -66,6 +67,17 @@ def read_model(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, FileInfo]
     return proto, _file_info(file, content)
 
 
+def external_data_files(path: str | os.PathLike[str]) -> set[Path]:
+    """Return the resolved paths of the files in which a readable model keeps tensors."""
+    file = Path(path)
+    proto = onnx.ModelProto.FromString(file.read_bytes())
+    return {
+        _locate(tensor, file.parent)[0]
+        for tensor in _tensors(proto)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    }
+
+
 def validate(proto: onnx.ModelProto) -> None:
     """Raise ModelError unless the model is complete, valid, and of a kind that onnx-ir keeps."""
     _require_text(proto)
@@ -107,6 +119,8 @@ def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> FileInf
         If writing fails. The target is as it was, and the temporary file is gone.
     """
     target = Path(path)
+    if target.exists() and not target.is_file():
+        raise ModelError(f"{target}: exists and is not a regular file")
     if proto.ByteSize() > MAX_BYTES:
         raise ModelError(f"the folded model exceeds the {MAX_BYTES} bytes of one ONNX file")
     content = proto.SerializeToString(deterministic=True)
@@ -189,11 +203,13 @@ def _sync_directory(directory: Path) -> None:
     # The rename itself reaches the disk with the directory. Windows cannot open directories.
     if os.name != "posix":
         return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # The file is in place already: a folder that cannot be opened or synced is no failure.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _embed_external_data(proto: onnx.ModelProto, folder: Path, size: int) -> None:

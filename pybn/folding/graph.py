@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,13 +41,15 @@ def scopes(model: ir.Model) -> Iterator[Scope]:
     """Walk the main graph, the local functions and all their subgraphs, in file order."""
     yield from _nested(MAIN, model.graph, _standard_opset(model.opset_imports))
     for function in model.functions.values():
-        label = f"function {function.domain}::{function.name}"
+        overload = f":{function.overload}" if function.overload else ""
+        label = f"function {function.domain}::{function.name}{overload}"
         yield from _nested(label, function.graph, _standard_opset(function.opset_imports))
 
 
 def _nested(label: str, graph: ir.Graph, opset: int) -> Iterator[Scope]:
     yield Scope(label, graph, opset)
-    for position, node in enumerate(graph):
+    names = Counter(node.name for node in graph)
+    for node in graph:
         for attribute in node.attributes.values():
             if attribute.is_ref():
                 continue
@@ -57,8 +60,8 @@ def _nested(label: str, graph: ir.Graph, opset: int) -> Iterator[Scope]:
             else:
                 continue
             for subgraph in inside:
-                # The position keeps the label of nodes without names unique.
-                name = node.name or f"{node.op_type}#{position}"
+                # Nodes may lack names or share them; what they produce has a name of its own.
+                name = node.name if node.name and names[node.name] == 1 else display_output(node)
                 yield from _nested(f"{label}/{name}.{attribute.name}", subgraph, opset)
 
 
@@ -99,12 +102,21 @@ class Facts:
         return self.model.ir_version >= OVERRIDABLE_SINCE_IR or source.graph is not self.model.graph
 
     def shape(self, value: ir.Value) -> ir.Shape | None:
-        """Return the declared shape, or the one that ONNX shape inference finds, or None."""
-        if value.shape is not None:
+        """Return the shape that ONNX shape inference finds, else the declared one; None if they contradict."""
+        if value.producer() is None:
             return value.shape
         if self._inferred is None:
             self._inferred = _infer_shapes(self.model)
-        return self._inferred.get((id(value.graph), value.name or ""))
+        inferred = self._inferred.get((id(value.graph), value.name or ""))
+        if inferred is None or value.shape is None:
+            return value.shape if inferred is None else inferred
+        return inferred if _agree(inferred, value.shape) else None
+
+
+def _agree(a: ir.Shape, b: ir.Shape) -> bool:
+    return len(a) == len(b) and all(
+        m == n for m, n in zip(a, b, strict=True) if isinstance(m, int) and isinstance(n, int)
+    )
 
 
 def constant_source(value: ir.Value | None) -> ir.Value | None:
@@ -139,7 +151,10 @@ def _constant_node_array(node: ir.Node) -> npt.NDArray[Any] | None:
 def _infer_shapes(model: ir.Model) -> dict[tuple[int, str], ir.Shape]:
     # A separate copy, so that nothing inferred ends up in the result.
     try:
-        proto = onnx.shape_inference.infer_shapes(ir.to_proto(model), data_prop=True)
+        # Without what the model declares of its inner values, which inference would take for granted.
+        bare = ir.to_proto(model)
+        del bare.graph.value_info[:]
+        proto = onnx.shape_inference.infer_shapes(bare, data_prop=True)
         inferred = ir.from_proto(proto)
     except Exception:  # whatever inference dislikes: a shape that is not proven is a refusal
         return {}
@@ -175,7 +190,12 @@ def attribute(node: ir.Node, name: str, default: Any) -> Any:
 
 def display_name(node: ir.Node) -> str:
     """Name a node for people: its name, or its first output's."""
-    return node.name or next((o.name for o in node.outputs if o.name), "") or node.op_type
+    return node.name or display_output(node)
+
+
+def display_output(node: ir.Node) -> str:
+    """Name a node by its first output, or, if it has none, by its operator."""
+    return next((output.name for output in node.outputs if output.name), node.op_type)
 
 
 def unavailable(facts: Facts, value: ir.Value | None, what: str, *, parameter: bool) -> Refusal:

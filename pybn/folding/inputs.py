@@ -125,7 +125,7 @@ def _input_shapes(model: onnx.ModelProto, draw: int) -> Iterator[tuple[onnx.Valu
 
 def _random_array(rng: np.random.Generator, dtype: np.dtype[Any], shape: Sequence[int]) -> Array:
     if dtype == np.bool_:
-        return rng.random(shape) < 0.5
+        return np.asarray(rng.random(shape) < 0.5)
     if dtype == np.uint8:
         return rng.integers(0, 256, shape, dtype=np.uint8)
     if dtype.kind in "iu":

@@ -6,12 +6,10 @@ operators call the same functions, so there is one algebra.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 
-from pybn._arrays import as_plain_array
+from pybn._arrays import as_plain_array, positive
 from pybn.folding.affine import Affine, Array, Float64, is_supported, round_to
 
 
@@ -183,17 +181,14 @@ def _operands(
     bn_bias: npt.ArrayLike | None,
     eps: float,
 ) -> tuple[Array | None, Affine]:
-    if isinstance(eps, bool) or not isinstance(eps, (int, float, np.floating, np.integer)):
-        raise TypeError(f"eps is {type(eps).__name__}, expected a number")
-    if not (math.isfinite(eps) and eps > 0):
-        raise ValueError(f"eps is {eps}, expected a finite positive number")
+    eps = positive("eps", eps)
     offset = _optional_vector(bias, "bias", channels)
     affine = Affine.from_batch_norm(
         _vector(running_mean, "running_mean", channels),
         _vector(running_var, "running_var", channels),
         _optional_vector(bn_weight, "bn_weight", channels),
         _optional_vector(bn_bias, "bn_bias", channels),
-        float(eps),
+        eps,
     )
     return offset, affine
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -239,3 +240,24 @@ def test_a_link_is_replaced_not_followed(tmp_path):
     write_model(conv_model(), link)
     assert precious.read_bytes() == b"precious"
     assert not link.is_symlink()
+
+
+def test_what_is_not_a_regular_file_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe.onnx"
+    os.mkfifo(pipe)
+    with pytest.raises(ModelError, match="exists and is not a regular file"):
+        write_model(conv_model(), pipe)
+    assert pipe.is_fifo()
+
+
+def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path, monkeypatch):
+    real = os.open
+
+    def no_folders(path, flags, *rest):
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "denied")
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", no_folders)
+    info = write_model(conv_model(), tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").stat().st_size == info.bytes

@@ -24,6 +24,7 @@ from onnx import helper
 import pybn
 from pybn.folding import Reason
 from pybn.folding.files import ModelError
+from pybn.folding.graph import scopes
 from pybn.folding.onnx import FoldResult, fold_onnx
 from pybn.folding.reasons import UNLOCK
 
@@ -857,3 +858,33 @@ def test_cyclic_model_is_invalid():
     ]
     with pytest.raises(ModelError, match="invalid model"):
         fold_onnx(model(nodes, {}, [2], [2]))
+
+
+def test_a_declared_shape_that_inference_contradicts_proves_nothing():
+    """The value is declared a matrix but has rank 3, where MatMul's features are not the channels."""
+    nodes = [
+        helper.make_node("Identity", ["x"], ["r"]),
+        helper.make_node("MatMul", ["r", "w"], ["m"]),
+        bn_node("m", "y"),
+    ]
+    graph = model(nodes, {"w": weights(4, 4), **parameters()}, [2, 4, 4], [2, 4, 4])
+    graph.graph.value_info.append(value("r", [2, 4]))
+    (left,) = fold_onnx(graph).report.left
+    assert left.reason is Reason.CHANNEL_AXIS_UNPROVEN
+
+
+def test_every_scope_has_a_label_of_its_own():
+    def branch(name):
+        inside = [conv("c", x="x"), bn_node("c", name)]
+        return helper.make_graph(inside, name, [], [value(name, [None] * 4)])
+
+    nodes = [
+        helper.make_node("If", ["cond"], [y], name="same", then_branch=branch(f"{y}t"), else_branch=branch(f"{y}e"))
+        for y in ("a", "b")
+    ]
+    nodes.append(helper.make_node("Add", ["a", "b"], ["y"]))
+    condition = helper.make_tensor_value_info("cond", onnx.TensorProto.BOOL, [])
+    graph = model(nodes, PLAIN, *SHAPES, inputs=[condition])
+    labels = [scope.label for scope in scopes(ir.from_proto(graph))]
+    assert len(labels) == len(set(labels)) == 5
+    assert len(fold_onnx(graph).report.folds) == 4
