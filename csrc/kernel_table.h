@@ -12,6 +12,9 @@
 
 namespace pybn {
 
+// Neighbouring channels whose accumulators a kernel keeps in L1 together, while it reads their planes in memory order.
+constexpr std::size_t kGroup = 64;
+
 enum class Activation : int { none, relu };
 
 struct Block {

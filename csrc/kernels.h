@@ -17,9 +17,6 @@ namespace {
 constexpr int kUnroll = 4;
 constexpr std::size_t kStride = kUnroll * kDoubles;
 
-// Neighbouring channels whose accumulators are kept in L1 together, while their planes are read in memory order.
-constexpr std::size_t kGroup = 64;
-
 // Rows are read in tiles that stay in L1, a run of channels at a time down the tile, so that the run's accumulators
 // stay in registers.
 constexpr std::size_t kTileBytes = 16384;

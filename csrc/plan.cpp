@@ -73,7 +73,7 @@ std::size_t shared_group(const Partition& partition, std::size_t bytes_per_value
   const std::size_t tasks = balanced_tasks(threads);
   const std::size_t balanced = std::max<std::size_t>(1, e.channels / ceil_div(tasks, partition.segments()));
   if (e.is_rows()) return std::min(e.channels, round_up(balanced, kRowRun));
-  return std::min(balanced, ceil_div(kRunBytes, e.inner * bytes_per_value));
+  return std::min({balanced, ceil_div(kRunBytes, e.inner * bytes_per_value), kGroup});
 }
 
 }  // namespace
@@ -99,7 +99,7 @@ Plan plan_reduction_and_application(const Extents& e, std::size_t bytes_per_valu
   if (e.is_rows())
     group = group / kRowRun * kRowRun;
   else
-    group = std::min(group, ceil_div(kRunBytes, e.inner * bytes_per_value));
+    group = std::min({group, ceil_div(kRunBytes, e.inner * bytes_per_value), kGroup});
   if (group > 0) return {partition, group, group, true, threads};
 
   // Otherwise the threads share a wave of channels, as few as keep them all busy.
