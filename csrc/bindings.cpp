@@ -2,6 +2,7 @@
 //
 // pybn/_arrays.py has checked every argument and phrased every error before a call comes here; what is checked again is
 // what memory safety needs. The GIL is released while kernels run.
+#include <cxxabi.h>
 #include <pybind11/native_enum.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -170,24 +171,30 @@ py::array empty_like(const py::array& x) {
   return py::array(x.dtype(), shape, strides, data, owner);
 }
 
-bool interpreter_is_finalizing() {
-#if PY_VERSION_HEX >= 0x030D0000
-  return Py_IsFinalizing() != 0;
+// Calls f, which takes the GIL. A daemon thread that asks for the GIL while the interpreter shuts down is ended by
+// force, by unwinding its stack, which ends the whole process where it meets C++; so it waits here for the exit
+// instead, as Python 3.14 itself lets such threads do.
+template <class F>
+auto taking_gil(const F& f) {
+#if defined(__GLIBCXX__)
+  try {
+    return f();
+  } catch (abi::__forced_unwind&) {
+    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+  }
 #else
-  return _Py_IsFinalizing() != 0;
+  return f();
 #endif
 }
 
 bool python_signal_is_pending() {
-  if (interpreter_is_finalizing()) return false;
-  py::gil_scoped_acquire gil;
-  return PyErr_CheckSignals() != 0;
+  return taking_gil([] {
+    py::gil_scoped_acquire gil;
+    return PyErr_CheckSignals() != 0;
+  });
 }
 
 // Runs f without the GIL; a KeyboardInterrupt raised meanwhile comes out of here.
-//
-// A daemon thread that asks for the GIL while the interpreter shuts down is ended by force, which no C++ frame survives
-// (the process aborts); so it stays here instead, as Python 3.14 itself lets such threads do.
 template <class F>
 void compute(const F& f) {
   std::exception_ptr error;
@@ -197,8 +204,7 @@ void compute(const F& f) {
   } catch (...) {
     error = std::current_exception();
   }
-  while (interpreter_is_finalizing()) std::this_thread::sleep_for(std::chrono::hours(1));
-  PyEval_RestoreThread(state);
+  taking_gil([&] { PyEval_RestoreThread(state); });
   try {
     if (error) std::rethrow_exception(error);
   } catch (const Interrupted&) {

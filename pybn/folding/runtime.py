@@ -31,6 +31,8 @@ class Session:
         self._what = what
         options = ort.SessionOptions()
         options.log_severity_level = 4
+        # Idle threads of one session would spin on the cores that another is being timed on.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.graph_optimization_level = (
             ort.GraphOptimizationLevel.ORT_ENABLE_ALL if optimise else ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         )
