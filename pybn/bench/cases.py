@@ -159,7 +159,7 @@ NETWORKS = {
         (512, 7), (768, 7), (1024, 7),
     ],
 }  # fmt: skip
-# Few channels, one image, small and dense tensors: where a kernel made for the lists above may have nothing to share out.
+# Few channels, one image, small and dense tensors: kernels made for the lists above may have nothing to share out here.
 EXTRA = [
     (64, 3, 224, 224),
     (32, 64, 56, 56),

@@ -104,9 +104,11 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     if name != "bfloat16":
         return np.dtype(name)
     try:
-        return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+        ml_dtypes = importlib.import_module("ml_dtypes")
     except ModuleNotFoundError:
         raise UsageError('--dtype bfloat16 needs ml_dtypes; run: pip install "pybn[bench]"') from None
+    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return bfloat16
 
 
 def require_equal(who: str, case: Case, actual: Arrays, expected: Arrays) -> None:
@@ -129,5 +131,3 @@ def _relative_difference(a: Array, b: Array) -> float:
     a, b = np.ravel(a).astype(wide, copy=False), np.ravel(b).astype(wide, copy=False)
     norm = float(np.linalg.norm(b))
     return float(np.linalg.norm(a - b)) / norm if norm else float(np.abs(a).max(initial=0))
-
-

@@ -9,7 +9,7 @@ from pybn.bench.problem import EPS, MOMENTUM, Array, Arrays, Contender, Problem
 
 
 class NumPy:
-    """Half types are computed in float32, with a conversion before and after, as NumPy's own sums of them would lose."""
+    """Half types are computed in float32, with a conversion before and after."""
 
     name = "numpy"
     allocates = True

@@ -217,8 +217,12 @@ class _Builder:
             dresidual = self.problem.empty()
             results += (dresidual,)
             slope = (ctypes.c_float(0), ctypes.c_float(0))
-            hint = dnn.primitive_descriptor("eltwise_forward", FORWARD_TRAINING, RELU_USE_DST, tensor, tensor, *slope, None)
-            relu = dnn.primitive_descriptor("eltwise_backward", RELU_USE_DST, tensor, tensor, tensor, *slope, hint, None)
+            hint = dnn.primitive_descriptor(
+                "eltwise_forward", FORWARD_TRAINING, RELU_USE_DST, tensor, tensor, *slope, None
+            )
+            relu = dnn.primitive_descriptor(
+                "eltwise_backward", RELU_USE_DST, tensor, tensor, tensor, *slope, hint, None
+            )
             steps.append(dnn.step(relu, {DST: y, DIFF_DST: dz, DIFF_SRC: self._data(dresidual)}))
             dz = self._data(dresidual)
         normalize = dnn.primitive_descriptor(

@@ -68,10 +68,7 @@ def _model(onnx: Any, operation: Operation, problem: Problem) -> Any:
     graph = helper.make_graph(
         nodes,
         "batch_norm",
-        [
-            helper.make_tensor_value_info(name, element, problem.dims)
-            for name in ("x", "residual")[: 1 + operation.add]
-        ],
+        [helper.make_tensor_value_info(name, element, problem.dims) for name in ("x", "residual")[: 1 + operation.add]],
         [helper.make_tensor_value_info("y", element, problem.dims)],
         [onnx.numpy_helper.from_array(array, name) for name, array in parameters.items()],
     )

@@ -65,9 +65,7 @@ class Torch:
 
         def forward() -> Any:
             with torch.no_grad():
-                y = functional.batch_norm(
-                    t.x, t.running_mean, t.running_var, t.weight, t.bias, training, MOMENTUM, EPS
-                )
+                y = functional.batch_norm(t.x, t.running_mean, t.running_var, t.weight, t.bias, training, MOMENTUM, EPS)
                 if operation.add:
                     y.add_(t.residual)
                 return y.relu_() if operation.relu else y
