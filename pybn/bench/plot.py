@@ -18,6 +18,7 @@ from pybn.bench.cases import GROUPS, OPERATIONS, Operation
 from pybn.bench.peers import TITLES
 from pybn.bench.results import Measurement, Run, geometric_mean
 
+NUMBER_WIDTH = 1.7  # of a number behind a bar, as a factor on the axis
 LOWEST = 0.5  # where bars begin; inference has been seen at 0.8 copies
 OWN_COLORS = {ours.OUT: "#0b6e4f", ours.FRESH: "#6bbf9c"}
 PEER_COLOR = "#a9b4c2"
@@ -49,7 +50,7 @@ def draw(run: Run, measurements: Sequence[Measurement]) -> Figure:
     highest = max(value for m in measurements for name in names if (value := m.copies(name)) is not None)
 
     width = MARGIN_INCHES + PANEL_INCHES * len(groups) + 0.15
-    caption = textwrap.wrap(_caption(run, measurements), int(width * 14.5))
+    caption = textwrap.wrap(_caption(run, measurements), int(width * 17.5))
     # From the top: title, one row of panels per operation, the axis' label, the caption.
     panel_height = BAR_INCHES * len(names) + 0.1
     top, gap, bottom = 0.85, 0.34, 0.62 + CAPTION_LINE_INCHES * len(caption)
@@ -73,12 +74,14 @@ def draw(run: Run, measurements: Sequence[Measurement]) -> Figure:
     for axis in axes.flat:
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False, fontsize=7)
         axis.minorticks_off()
-    for axis in axes[-1]:
-        axis.set_xlabel("time in copies of the tensor (logarithmic; less is better)", fontsize=7.5)
     variant = f"{measurements[0].case.dtype} {measurements[0].case.layout.upper()}"
     figure.text(
         0.1 / width, 1 - 0.22 / height, f"Batch normalization on the CPU, {variant}", fontsize=11, weight="bold"
     )
+    figure.text(
+        (MARGIN_INCHES + width) / 2 / width, (bottom - 0.38) / height,
+        f"time in copies of the tensor (logarithmic, from {LOWEST:g}; less is better)", fontsize=8, ha="center",
+    )  # fmt: skip
     figure.text(
         0.1 / width, 0.08 / height, "\n".join(caption), fontsize=7, va="bottom", linespacing=1.25, color="#333333"
     )
@@ -93,11 +96,12 @@ def _panel(axis: Axes, run: Run, members: Sequence[Measurement], names: Sequence
                 axis.text(LOWEST * 1.05, position, "does not do this", va="center", fontsize=6.5, color="#777777")
             continue
         axis.barh(position, value - LOWEST, left=LOWEST, height=0.74, color=OWN_COLORS.get(name, PEER_COLOR))
+        bound = geometric_mean(map(run.bound, [m for m in members if name in m.seconds])) or value
+        axis.plot([bound, bound], [position - 0.46, position + 0.46], color=BOUND_COLOR, linewidth=1.4)
+        # The number stands behind the bar, and behind the line where that would cross it.
+        end = bound if value * 0.97 < bound < value * NUMBER_WIDTH else value
         weight = "bold" if name in OWN_COLORS else "normal"
-        axis.text(value * 1.05, position, _number(value), va="center", fontsize=7, weight=weight)
-        bound = geometric_mean(map(run.bound, [m for m in members if name in m.seconds]))
-        if bound is not None:
-            axis.plot([bound, bound], [position - 0.46, position + 0.46], color=BOUND_COLOR, linewidth=1.4)
+        axis.text(end * 1.05, position, _number(value), va="center", fontsize=7, weight=weight)
     axis.set_yticks(range(len(names)), [OWN_TITLES.get(name) or TITLES[name] for name in names], fontsize=7.5)
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.tick_params(axis="both", length=2)

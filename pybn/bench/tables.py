@@ -46,7 +46,7 @@ def by_shape(run: Run, measurements: Sequence[Measurement]) -> Table:
     peers = _peers(run, measurements)
     table = Table(
         f"{_variant(measurements)}, {measurements[0].case.operation.name}: time in copies of the tensor",
-        ["shape", "bound", "pybn, out=", "pybn, fresh", *(TITLES[peer] for peer in peers), "copy"],
+        ["shape", "bound", "pybn, out=", "pybn, fresh", *(TITLES[peer] for peer in peers), "the copy"],
     )
     for m in measurements:
         cells = [_marked(_number(m.copies(peer)), _is_slower(run, m, peer)) for peer in peers]
@@ -56,7 +56,7 @@ def by_shape(run: Run, measurements: Sequence[Measurement]) -> Table:
     if any(not m.case.fits(run.l2) for m in measurements):
         table.notes.append("* what the operation reads twice, for one channel, exceeds L2")
     if any(MARK in cell for row in table.rows for cell in row):
-        table.notes.append(f"{MARK} faster than pybn allows: {_every_shape_rule()}")
+        table.notes.append(f"{MARK} too fast; the target is {_every_shape_rule()}")
     return table
 
 
@@ -119,9 +119,10 @@ def speeds(run: Run, measurements: Sequence[Measurement]) -> Table:
     """Return how many times faster pybn is than each peer: geometric mean, then least and most."""
     peers = _peers(run, measurements)
     table = Table(
-        f"{_variant(measurements)}: times faster than each peer, geometric mean (least to most)",
+        f"{_variant(measurements)}: times faster than each peer, geometric mean (least-most)",
         ["operation", *(TITLES[peer] for peer in peers)],
     )
+    wanted: dict[str, list[str]] = {}
     for operation in _operations(measurements):
         members = [m for m in measurements if m.case.operation == operation]
         row = [operation.name]
@@ -133,16 +134,18 @@ def speeds(run: Run, measurements: Sequence[Measurement]) -> Table:
                 continue
             target = targets.speed(operation, members[0].case.dtype, members[0].case.layout, peer)
             missed = (target is not None and mean < target) or any(_is_slower(run, m, peer) for m in members)
-            wanted = "" if target is None else f", target {target:g}"
-            row.append(_marked(f"{_number(mean)}x ({_number(min(values))} to {_number(max(values))}{wanted})", missed))
+            row.append(_marked(f"{_number(mean)}x ({_number(min(values))}-{_number(max(values))})", missed))
+            if target is not None:
+                wanted.setdefault(peer, []).append(f"{operation.name} {target:g}")
         table.rows.append(row)
     fresh = [TITLES[peer] for peer in peers if run.peers[peer].allocates]
     into_out = [TITLES[peer] for peer in peers if not run.peers[peer].allocates]
     sides = [f"{', '.join(names)}: {how}" for names, how in ((fresh, "fresh results on both sides"),
              (into_out, "memory for the results given on both sides")) if names]  # fmt: skip
     table.notes.append("; ".join(sides))
-    if any(MARK in cell for row in table.rows for cell in row):
-        table.notes.append(f"{MARK} misses its target, or {_every_shape_rule()} is not kept")
+    table.notes.append(f"targets: {_every_shape_rule()}")
+    table.notes += [f"targets against {TITLES[peer]}: {', '.join(names)}" for peer, names in wanted.items()]
+    table.notes += _mark_note(table)
     return table
 
 
