@@ -291,6 +291,8 @@ def _report(run: Run, style: str, as_json: Path | None, picture: Path | None, st
                 typer.echo(f"wrote {path}")
     except OSError as error:
         _fail(f"{target}: {error.strerror or error}")
+    if wrong := sorted({peer for m in run.measurements for peer in m.wrong}):
+        _fail(f"{', '.join(wrong)}: another result than pybn's, see the cases that are not timed")
     if strict and (count := tables.missed(found)):
         _fail(f"{count} figures miss their target")
 

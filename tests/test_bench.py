@@ -28,7 +28,6 @@ from pybn.bench.cases import (
 )
 from pybn.bench.measure import FEWEST_TURNS, Timing, measure
 from pybn.bench.peers import PEERS, TITLES, UnsupportedError, find
-from pybn.bench.peers.base import AbsentError
 from pybn.bench.problem import Contender, Problem, WrongResultError, require_equal
 from pybn.commands import app
 
@@ -215,13 +214,10 @@ def test_onednn_is_found_by_its_variable(monkeypatch, tmp_path):
 
 
 def test_every_peer_has_a_title_and_says_who_it_is():
-    assert set(TITLES) == set(PEERS)
-    for name in PEERS:
-        try:
-            (peer,), _ = find([name], 1) if name == "numpy" else ((None,), {})
-        except AbsentError:
-            continue
-        assert peer is None or (peer.name == name and peer.version)
+    assert list(TITLES) == list(PEERS)
+    found, absent = find(["numpy", "torch"], pybn.get_num_threads())
+    assert not absent
+    assert [(peer.name, bool(peer.version)) for peer in found] == [("numpy", True), ("torch", True)]
 
 
 # How it is measured
@@ -457,9 +453,18 @@ def test_a_missing_matplotlib_is_said_before_anything_is_measured(monkeypatch, t
 
 def test_a_wrong_result_is_no_figure(shapes, monkeypatch):
     monkeypatch.setattr("pybn.bench.peers.numpy.EPS", 10.0)
-    result = run("--quick", "--shapes", shapes, "--peers", "numpy", "--ops", "forward")
-    one_line_error(result, "numpy differs from pybn in result 0 of forward 4x3x5x5 float32 nchw", 1)
-    assert result.stdout == ""
+    result = run("--quick", "--shapes", shapes, "--peers", "numpy", "--ops", "forward", "--table", "markdown")
+    one_line_error(result, "pybn: numpy: another result than pybn's", 1)
+    assert "not timed: numpy differs from pybn in result 0 of forward 4x3x5x5 float32 nchw" in result.stdout
+    assert "| NumPy |" not in result.stdout
+
+
+def test_two_results_of_pybn_that_differ_end_the_run(shapes, monkeypatch):
+    def disagree(*arguments):
+        raise WrongResultError("pybn differs from pybn")
+
+    monkeypatch.setattr(session, "require_equal", disagree)
+    one_line_error(run("--quick", "--shapes", shapes, "--peers", "none", "--ops", "forward"), "pybn differs", 1)
 
 
 def test_strict_fails_if_a_target_is_missed(tmp_path):

@@ -19,8 +19,9 @@ EPS = 1e-5
 MOMENTUM = 0.1
 # The largest difference between two contenders' results, relative to the norm of the result. Where z is almost 0, two
 # correct implementations may disagree on its sign, and then on a whole value of a ReLU's gradient: 0.1 was seen with
-# bfloat16 and a residual, which torch adds to a rounded value. A forgotten ReLU would make 0.7.
-TOLERANCE = {"float64": 1e-6, "float32": 5e-3, "float16": 0.05, "bfloat16": 0.2}
+# bfloat16 and a residual, which torch adds to a rounded value; 0.012 with float32 and oneDNN, whose float32 sums over a
+# channel of 64x3x224x224 make the variance 0.1 % too small. A forgotten ReLU would make 0.7.
+TOLERANCE = {"float64": 1e-6, "float32": 0.05, "float16": 0.05, "bfloat16": 0.2}
 
 
 class WrongResultError(RuntimeError):

@@ -52,7 +52,10 @@ def markdown(table: tables.Table) -> str:
     """Return a table in GitHub's Markdown, its title before it and its notes after it."""
     lines = [f"**{table.title}**", "", _row(table.columns), "|---" * len(table.columns) + "|"]
     lines += [_row(row) for row in table.rows]
-    lines += ["", *(note.replace("*", "\\*", 1) if note.startswith("*") else note for note in table.notes)]
+    lines += [
+        "",
+        *(f"- {note.replace('*', chr(92) + '*', 1) if note.startswith('*') else note}" for note in table.notes),
+    ]
     return "\n".join(lines).rstrip()
 
 

@@ -18,12 +18,15 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Measurement:
-    """Median seconds of every contender of one case, by name, and why the other peers are not among them."""
+    """Median seconds of every contender of one case, by name; why the other peers are not among them; and who computed
+    something else than pybn, which is not timed.
+    """
 
     case: Case
     seconds: dict[str, float]
     spread: dict[str, float]
     unsupported: dict[str, str]
+    wrong: dict[str, str] = field(default_factory=dict)
 
     def copies(self, name: str) -> float | None:
         """Time of a contender in copies of the tensor, None if it did not run; one thread against one thread's copy."""
@@ -94,6 +97,7 @@ class Run:
                 "seconds": m.seconds,
                 "spread": {name: round(value, 4) for name, value in m.spread.items()},
                 "unsupported": m.unsupported,
+                "wrong": m.wrong,
             }
             for m in self.measurements
         ]
@@ -135,6 +139,7 @@ def _from_record(record: dict[str, Any]) -> Run:
             {name: float(value) for name, value in case["seconds"].items()},
             dict(case["spread"]),
             dict(case["unsupported"]),
+            dict(case["wrong"]),
         )
         for case in record["cases"]
     ]

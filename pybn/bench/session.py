@@ -15,7 +15,7 @@ from pybn.bench import ours
 from pybn.bench.cases import Case, Operation, Shape, UsageError, l2_bytes
 from pybn.bench.measure import measure
 from pybn.bench.peers import Peer, UnsupportedError, find
-from pybn.bench.problem import Problem, require_equal
+from pybn.bench.problem import Problem, WrongResultError, require_equal
 from pybn.bench.results import Measurement, PeerInfo, Run
 
 ROUNDS, QUICK_ROUNDS = 21, 7
@@ -86,15 +86,16 @@ class Bench:
         for name in (ours.OUT, ours.OUT_ALONE):
             if name in contenders:
                 require_equal(name, case, contenders[name].read(contenders[name].run()), expected)
-        unsupported = {}
+        unsupported, wrong = {}, {}
         for peer in self._peers:
             try:
                 contender = peer.contender(case.operation, problem)
+                require_equal(peer.name, case, contender.read(contender.run()), expected)
+                contenders[peer.name] = contender
             except UnsupportedError as error:
                 unsupported[peer.name] = str(error)
-                continue
-            require_equal(peer.name, case, contender.read(contender.run()), expected)
-            contenders[peer.name] = contender
+            except WrongResultError as error:
+                wrong[peer.name] = str(error)
         del expected
         source = ours.reads_first(case.operation, problem)
         timings = measure(contenders, self._rounds, lambda: _core.copy(source, scratch), seed)
@@ -103,6 +104,7 @@ class Bench:
             {name: timing.median for name, timing in timings.items()},
             {name: timing.spread for name, timing in timings.items()},
             unsupported,
+            wrong,
         )
 
     def _problem_of(self, case: Case) -> Problem:

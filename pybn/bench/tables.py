@@ -207,7 +207,7 @@ def peer_lines(run: Run) -> list[str]:
         names = _joined(case.operation.name for case in cases)
         variants = _joined(f"{case.dtype} {case.layout}" for case in cases)
         lines.append(f"{TITLES[peer]} does not do {names} ({variants}): {reason}")
-    return lines
+    return lines + [f"not timed: {reason}" for m in run.measurements for reason in m.wrong.values()]
 
 
 def environment_line(run: Run) -> str:
