@@ -19,7 +19,7 @@ from pybn.bench.peers import TITLES
 from pybn.bench.results import Measurement, Run, geometric_mean
 
 NUMBER_WIDTH = 1.7  # of a number behind a bar, as a factor on the axis
-LOWEST = 0.5  # where bars begin; inference has been seen at 0.8 copies
+LOWEST = 0.5  # where bars begin, unless one is shorter; inference has been seen at 0.8 copies
 OWN_COLORS = {ours.OUT: "#0b6e4f", ours.FRESH: "#6bbf9c"}
 PEER_COLOR = "#a9b4c2"
 BOUND_COLOR = "#c1121f"
@@ -47,7 +47,8 @@ def draw(run: Run, measurements: Sequence[Measurement]) -> Figure:
     operations = [operation for operation in OPERATIONS.values() if operation in measured]
     groups = [group for group in GROUPS if any(run.group(m) == group for m in measurements)]
     names = [*OWN_TITLES, *(name for name in run.peers if any(name in m.seconds for m in measurements))]
-    highest = max(value for m in measurements for name in names if (value := m.copies(name)) is not None)
+    values = [value for m in measurements for name in names if (value := m.copies(name)) is not None]
+    start, highest = min(LOWEST, 0.8 * min(values)), max(values)
 
     width = MARGIN_INCHES + PANEL_INCHES * len(groups) + 0.15
     caption = textwrap.wrap(_caption(run, measurements), int(width * 17.5))
@@ -64,13 +65,13 @@ def draw(run: Run, measurements: Sequence[Measurement]) -> Figure:
     for row, operation in zip(axes, operations, strict=True):
         for axis, group in zip(row, groups, strict=True):
             members = [m for m in measurements if m.case.operation == operation and run.group(m) == group]
-            _panel(axis, run, members, names)
+            _panel(axis, run, members, names, start)
             axis.set_title(_title(operation, members), fontsize=8, loc="left", pad=3)
     for axis, group in zip(axes[0], groups, strict=True):
         _column_title(axis, group)
-    ticks = [tick for tick in TICKS if LOWEST <= tick <= highest * 1.7]
+    ticks = [tick for tick in TICKS if start <= tick <= highest * 1.7]
     axes[0][0].set_xscale("log")
-    axes[0][0].set_xlim(LOWEST, highest * 2)  # room for the number behind the longest bar
+    axes[0][0].set_xlim(start, highest * 2)  # room for the number behind the longest bar
     for axis in axes.flat:
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False, fontsize=7)
         axis.minorticks_off()
@@ -80,7 +81,7 @@ def draw(run: Run, measurements: Sequence[Measurement]) -> Figure:
     )
     figure.text(
         (MARGIN_INCHES + width) / 2 / width, (bottom - 0.38) / height,
-        f"time in copies of the tensor (logarithmic, from {LOWEST:g}; less is better)", fontsize=8, ha="center",
+        f"time in copies of the tensor (logarithmic, from {start:.2g}; less is better)", fontsize=8, ha="center",
     )  # fmt: skip
     figure.text(
         0.1 / width, 0.08 / height, "\n".join(caption), fontsize=7, va="bottom", linespacing=1.25, color="#333333"
@@ -88,14 +89,14 @@ def draw(run: Run, measurements: Sequence[Measurement]) -> Figure:
     return figure
 
 
-def _panel(axis: Axes, run: Run, members: Sequence[Measurement], names: Sequence[str]) -> None:
+def _panel(axis: Axes, run: Run, members: Sequence[Measurement], names: Sequence[str], start: float) -> None:
     for position, name in enumerate(names):
         value = geometric_mean(m.copies(name) for m in members)
         if value is None:
-            if members:
-                axis.text(LOWEST * 1.05, position, "does not do this", va="center", fontsize=6.5, color="#777777")
+            why = "does not do this" if any(name in m.unsupported for m in members) else "not timed"
+            axis.text(start * 1.05, position, why if members else "", va="center", fontsize=6.5, color="#777777")
             continue
-        axis.barh(position, value - LOWEST, left=LOWEST, height=0.74, color=OWN_COLORS.get(name, PEER_COLOR))
+        axis.barh(position, value - start, left=start, height=0.74, color=OWN_COLORS.get(name, PEER_COLOR))
         bound = geometric_mean(map(run.bound, [m for m in members if name in m.seconds])) or value
         axis.plot([bound, bound], [position - 0.46, position + 0.46], color=BOUND_COLOR, linewidth=1.4)
         # The number stands behind the bar, and behind the line where that would cross it.

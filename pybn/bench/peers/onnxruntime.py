@@ -12,7 +12,8 @@ from pybn.bench.problem import EPS, Contender, Problem
 class OnnxRuntime:
     """All graph optimisations are on; there is nothing before the batch norm that it could be folded into.
 
-    Its threads do not spin: they would do so on the cores that the others are timed on.
+    Its threads do not spin: they would do so for 30 ms on the cores that the others are timed on. A small call takes
+    some 3 us longer for it.
     """
 
     name = "onnxruntime"
