@@ -34,12 +34,14 @@ class Plan:
 def plan_cases(
     shapes: Sequence[Shape], operations: Sequence[Operation], dtypes: Sequence[str], layouts: Sequence[str]
 ) -> list[Case]:
-    """Every operation on every shape in every variant; those on the same data follow one another."""
+    """Every operation on every shape in every variant; those on the same data follow one another, and after them those
+    of the next dtype, whose times are compared.
+    """
     return [
         Case(operation, shape, dtype, layout)
-        for dtype in dtypes
         for layout in layouts
         for shape in dict.fromkeys(shapes)
+        for dtype in dtypes
         for operation in operations
     ]
 
