@@ -266,6 +266,8 @@ def bench(
                 threads=threads, rounds=rounds, quick=quick,
             )  # fmt: skip
             run = session.run(plan, _measuring)
+            if len(run.measurements) < len(plan.cases):
+                typer.echo(f"pybn: interrupted after {len(run.measurements)} of {len(plan.cases)} cases", err=True)
     except UsageError as error:
         _fail(str(error), WRONG_USAGE)
     except WrongResultError as error:

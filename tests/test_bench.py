@@ -313,6 +313,14 @@ def test_tables_hold_the_ratios_and_mark_what_misses_its_target():
     assert any("OpenVINO does not do forward, backward-relu" in line for line in tables.peer_lines(run))
 
 
+def test_a_busy_machine_is_said():
+    run = fake_run()
+    assert tables.noise_line(run) is None
+    for m in run.measurements:
+        m.spread["copy"] = 0.5
+    assert "50% or more apart" in tables.noise_line(run)
+
+
 def test_a_peer_that_is_faster_is_marked():
     run = fake_run(scale=10, dtypes=["float32"])
     assert "8.80 (!)" in text_of([tables.by_shape(run, run.measurements[:1])])
@@ -465,6 +473,21 @@ def test_two_results_of_pybn_that_differ_end_the_run(shapes, monkeypatch):
 
     monkeypatch.setattr(session, "require_equal", disagree)
     one_line_error(run("--quick", "--shapes", shapes, "--peers", "none", "--ops", "forward"), "pybn differs", 1)
+
+
+def test_an_interrupt_keeps_what_was_measured(shapes, tmp_path, monkeypatch):
+    measured = session.Bench.measure
+
+    def measure(self, case, seed=0):
+        if case.shape == Shape(6, 8, 1, 1):
+            raise KeyboardInterrupt
+        return measured(self, case, seed)
+
+    monkeypatch.setattr(session.Bench, "measure", measure)
+    path = tmp_path / "run.json"
+    result = run("--shapes", shapes, "--peers", "none", "--ops", "forward", "--rounds", 1, "--json", path)
+    assert "interrupted after 1 of 2 cases" in result.stderr
+    assert len(results.load(path, "--from").measurements) == 1
 
 
 def test_strict_fails_if_a_target_is_missed(tmp_path):

@@ -18,14 +18,15 @@ from pybn.bench.cases import GROUPS, OPERATIONS, Operation
 from pybn.bench.peers import TITLES
 from pybn.bench.results import Measurement, Run, geometric_mean
 
-NUMBER_WIDTH = 1.7  # of a number behind a bar, as a factor on the axis
+NUMBER_WIDTH = 0.11  # of a number behind a bar, as a part of the panel
 LOWEST = 0.5  # where bars begin, unless one is shorter; inference has been seen at 0.8 copies
 OWN_COLORS = {ours.OUT: "#0b6e4f", ours.FRESH: "#6bbf9c"}
 PEER_COLOR = "#a9b4c2"
 BOUND_COLOR = "#c1121f"
 OWN_TITLES = {ours.OUT: "pybn, out=", ours.FRESH: "pybn, fresh"}
 BAR_INCHES, PANEL_INCHES, MARGIN_INCHES, CAPTION_LINE_INCHES = 0.2, 3.3, 1.15, 0.16
-TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)
+WIDE = 400  # a span from which on powers of ten are ticks enough
 
 
 def plot(run: Run, path: Path) -> list[Path]:
@@ -49,6 +50,7 @@ def draw(run: Run, measurements: Sequence[Measurement]) -> Figure:
     names = [*OWN_TITLES, *(name for name in run.peers if any(name in m.seconds for m in measurements))]
     values = [value for m in measurements for name in names if (value := m.copies(name)) is not None]
     start, highest = min(LOWEST, 0.8 * min(values)), max(values)
+    end = highest * 2  # room for the number behind the longest bar
 
     width = MARGIN_INCHES + PANEL_INCHES * len(groups) + 0.15
     caption = textwrap.wrap(_caption(run, measurements), int(width * 17.5))
@@ -65,13 +67,15 @@ def draw(run: Run, measurements: Sequence[Measurement]) -> Figure:
     for row, operation in zip(axes, operations, strict=True):
         for axis, group in zip(row, groups, strict=True):
             members = [m for m in measurements if m.case.operation == operation and run.group(m) == group]
-            _panel(axis, run, members, names, start)
+            _panel(axis, run, members, names, start, end)
             axis.set_title(_title(operation, members), fontsize=8, loc="left", pad=3)
     for axis, group in zip(axes[0], groups, strict=True):
         _column_title(axis, group)
     ticks = [tick for tick in TICKS if start <= tick <= highest * 1.7]
+    if highest / start > WIDE:
+        ticks = [tick for tick in ticks if f"{tick:e}".startswith("1")]
     axes[0][0].set_xscale("log")
-    axes[0][0].set_xlim(start, highest * 2)  # room for the number behind the longest bar
+    axes[0][0].set_xlim(start, end)
     for axis in axes.flat:
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False, fontsize=7)
         axis.minorticks_off()
@@ -89,7 +93,9 @@ def draw(run: Run, measurements: Sequence[Measurement]) -> Figure:
     return figure
 
 
-def _panel(axis: Axes, run: Run, members: Sequence[Measurement], names: Sequence[str], start: float) -> None:
+def _panel(
+    axis: Axes, run: Run, members: Sequence[Measurement], names: Sequence[str], start: float, end: float
+) -> None:
     for position, name in enumerate(names):
         value = geometric_mean(m.copies(name) for m in members)
         if value is None:
@@ -100,9 +106,9 @@ def _panel(axis: Axes, run: Run, members: Sequence[Measurement], names: Sequence
         bound = geometric_mean(map(run.bound, [m for m in members if name in m.seconds])) or value
         axis.plot([bound, bound], [position - 0.46, position + 0.46], color=BOUND_COLOR, linewidth=1.4)
         # The number stands behind the bar, and behind the line where that would cross it.
-        end = bound if value * 0.97 < bound < value * NUMBER_WIDTH else value
+        behind = bound if value * 0.97 < bound < value * (end / start) ** NUMBER_WIDTH else value
         weight = "bold" if name in OWN_COLORS else "normal"
-        axis.text(end * 1.05, position, _number(value), va="center", fontsize=7, weight=weight)
+        axis.text(behind * 1.05, position, _number(value), va="center", fontsize=7, weight=weight)
     axis.set_yticks(range(len(names)), [OWN_TITLES.get(name) or TITLES[name] for name in names], fontsize=7.5)
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.tick_params(axis="both", length=2)

@@ -22,6 +22,8 @@ def print_run(run: Run, found: Sequence[tables.Table], style: str) -> None:
     console = _console()
     for line in (tables.environment_line(run), *tables.peer_lines(run)):
         console.print(Text(bullet + line), soft_wrap=True)
+    if busy := tables.noise_line(run):
+        console.print(Text(bullet + busy), soft_wrap=True, style="bold red")
     count = tables.missed(found)
     if count == 0:
         console.print("every target is met", style="bold green")

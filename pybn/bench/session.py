@@ -118,11 +118,15 @@ class Bench:
 
 
 def run(plan: Plan, progress: Callable[[Iterable[Case]], Iterable[Case]] = lambda cases: cases) -> Run:
-    """Measure all cases of a plan; `progress` passes them on one by one."""
+    """Measure all cases of a plan; `progress` passes them on one by one. An interrupt (Ctrl-C) keeps those so far."""
     result, peers = start(plan)
     bench = Bench(peers, plan.threads, plan.rounds)
-    for case in progress(plan.cases):
-        result.measurements.append(bench.measure(case))
+    try:
+        for case in progress(plan.cases):
+            result.measurements.append(bench.measure(case))
+    except KeyboardInterrupt:
+        if not result.measurements:
+            raise
     return result
 
 

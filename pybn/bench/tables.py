@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from pybn.bench.peers import TITLES
 from pybn.bench.results import Measurement, Run, geometric_mean
 
 MARK = "(!)"
+BUSY = 0.2  # distance of the quartiles of the copy's times, relative to their median; 0.08 with little else to do
 HALF_TYPES = ("float16", "bfloat16")
 
 
@@ -208,6 +210,17 @@ def peer_lines(run: Run) -> list[str]:
         variants = _joined(f"{case.dtype} {case.layout}" for case in cases)
         lines.append(f"{TITLES[peer]} does not do {names} ({variants}): {reason}")
     return lines + [f"not timed: {reason}" for m in run.measurements for reason in m.wrong.values()]
+
+
+def noise_line(run: Run) -> str | None:
+    """Say that the machine was busy, if the copy's own times are far apart."""
+    spreads = [m.spread[ours.COPY] for m in run.measurements if ours.COPY in m.spread]
+    if not spreads or statistics.median(spreads) <= BUSY:
+        return None
+    return (
+        f"the machine was busy: in half of the cases the quartiles of the copy's times are {statistics.median(spreads):.0%} "
+        "or more apart; these figures are not worth keeping"
+    )
 
 
 def environment_line(run: Run) -> str:
