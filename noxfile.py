@@ -55,7 +55,7 @@ def package(session: nox.Session) -> None:
 
 @nox.session
 def benchmarks(session: nox.Session) -> None:
-    """Every table and the picture of `pybn bench`, with all peers: twenty minutes; or what follows `--`."""
+    """Every table and the picture of `pybn bench`, with all peers: a quarter of an hour; or what follows `--`."""
     session.install(".[test,peers]")
     session.run("pybn", "bench", *(session.posargs or ["--json", "bench.json", "--plot", "bench.png"]))
 

@@ -215,11 +215,12 @@ def peer_lines(run: Run) -> list[str]:
 def noise_line(run: Run) -> str | None:
     """Say that the machine was busy, if the copy's own times are far apart."""
     spreads = [m.spread[ours.COPY] for m in run.measurements if ours.COPY in m.spread]
-    if not spreads or statistics.median(spreads) <= BUSY:
+    typical = statistics.median(spreads or [0.0])
+    if typical <= BUSY:
         return None
     return (
-        f"the machine was busy: in half of the cases the quartiles of the copy's times are {statistics.median(spreads):.0%} "
-        "or more apart; these figures are not worth keeping"
+        f"the machine was busy: in half of the cases the quartiles of the copy's times are {typical:.0%} or more apart; "
+        "these figures are not worth keeping"
     )
 
 

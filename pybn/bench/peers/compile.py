@@ -2,7 +2,8 @@
 
 The forward pass is compiled as a function without gradients. The backward pass is the one that inductor makes for the
 training graph of the whole function, run by ``torch.autograd.grad`` on a graph that is kept; its time includes
-autograd's dispatch, about 50 microseconds, which a network pays once for all its layers together.
+autograd's dispatch. On a tensor of 16 values a call takes 0.1 ms forward and 0.2 ms backward, which a network that is
+compiled as a whole pays once for all its layers together.
 """
 
 from __future__ import annotations
