@@ -219,7 +219,7 @@ def noise_line(run: Run) -> str | None:
     if typical <= BUSY:
         return None
     return (
-        f"the machine was busy: in half of the cases the quartiles of the copy's times are {typical:.0%} or more apart; "
+        f"the machine was busy: in half of the cases the copy's quartiles are {typical:.0%} or more apart; "
         "these figures are not worth keeping"
     )
 
