@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+import reference
 import torch
 import torch.nn.functional
 from conftest import assert_same_bits, images, parameters
@@ -31,6 +32,68 @@ def assert_like_torch(ours, theirs, what=""):
     assert ours.dtype == theirs.dtype, what
     assert ours.shape == theirs.shape, what
     np.testing.assert_allclose(ours, theirs, **TOLERANCE[ours.dtype.type], err_msg=str(what))
+
+
+ACTIVATIONS = {
+    None: lambda z, slope: z,
+    "relu": lambda z, slope: torch.relu(z),
+    "relu6": lambda z, slope: torch.nn.functional.relu6(z),
+    "leaky_relu": torch.nn.functional.leaky_relu,
+    "silu": lambda z, slope: torch.nn.functional.silu(z),
+    "hardswish": lambda z, slope: torch.nn.functional.hardswish(z),
+}
+
+# Kinks, their neighbours, zeros of both signs, and what exp cannot represent.
+SPECIAL_VALUES = np.array(
+    [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-40, 1, -1, 20, -20, 88, -88, 89, -89, 104, -104, 709, -709, 750]
+    + [-750, 1e30, -1e30, 3e38, -3e38]
+    + [
+        f(k)
+        for k in (3.0, -3.0, 6.0, -6.0)
+        for f in (float, lambda k: np.nextafter(k, 9), lambda k: np.nextafter(k, -9))
+    ]
+)
+
+
+# ---- the reference itself -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("negative_slope", [0.01, 0.0, -0.5, 1.0, 3.0])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_the_activations_of_the_reference_and_their_derivatives_are_those_of_torch(rng, activation, negative_slope):
+    z = np.concatenate([SPECIAL_VALUES, rng.uniform(-10, 10, 999)])
+    tz = tensor(z, requires_grad=True)
+    ty = ACTIVATIONS[activation](tz, negative_slope)
+    (gradient,) = torch.autograd.grad(ty.sum(), tz)
+    np.testing.assert_allclose(reference.activate(z, activation, negative_slope), ty.detach(), rtol=1e-14)
+    np.testing.assert_allclose(reference.derivative(z, activation, negative_slope), gradient, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channel_axis", [1, -1])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_the_reference_of_a_whole_step_is_torch(rng, activation, channel_axis, training):
+    x, residual = (images(rng, (4, 5, 6, 7), np.float64, channel_axis) for _ in range(2))
+    dy = rng.standard_normal(x.shape)
+    weight, bias, mean, var = parameters(rng, 5, np.float64)
+    tx, tr, tw, tb = (tensor(a, requires_grad=True) for a in (x, residual, weight, bias))
+    tz = torch.nn.functional.batch_norm(tx.movedim(channel_axis, 1), tensor(mean), tensor(var), tw, tb, training)
+    ty = ACTIVATIONS[activation](tz.movedim(1, channel_axis) + tr, 0.2)
+    ty.backward(tensor(dy))
+
+    used = reference.stats(x, channel_axis) if training else (mean, var)
+    options = {"channel_axis": channel_axis, "residual": residual, "negative_slope": 0.2}
+    y = reference.normalize(x, *used, weight, bias, activation=activation, **options)
+    np.testing.assert_allclose(y, ty.detach(), rtol=1e-12, atol=1e-13)
+    active = reference.derivative(reference.normalize(x, *used, weight, bias, **options), activation, 0.2)
+    got = reference.backward(dy, x, *used, weight, training=training, channel_axis=channel_axis, active=active)
+    np.testing.assert_allclose(got.dx, tx.grad, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(got.dweight, tw.grad, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(got.dbias, tb.grad, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(dy * active, tr.grad, rtol=1e-12, atol=1e-13)
+
+
+# ---- functions ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
