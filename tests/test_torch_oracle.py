@@ -10,11 +10,16 @@ import pytest
 import reference
 import torch
 import torch.nn.functional
-from conftest import assert_same_bits, images, parameters
+from conftest import BFLOAT16, assert_same_bits, data_dtypes, images, parameters
 
 import pybn
 
-TOLERANCE = {np.float32: {"rtol": 1.3e-6, "atol": 1e-5}, np.float64: {"rtol": 1e-7, "atol": 1e-7}}  # torch's own
+TOLERANCE = {  # torch's own
+    np.float32: {"rtol": 1.3e-6, "atol": 1e-5},
+    np.float64: {"rtol": 1e-7, "atol": 1e-7},
+    np.float16: {"rtol": 1e-3, "atol": 1e-5},
+    BFLOAT16: {"rtol": 1.6e-2, "atol": 1e-5},
+}
 LAYERS = {
     "1d, two axes": (pybn.BatchNorm1d, torch.nn.BatchNorm1d, (16, 5)),
     "1d, three axes": (pybn.BatchNorm1d, torch.nn.BatchNorm1d, (6, 5, 7)),
@@ -24,14 +29,28 @@ LAYERS = {
 
 
 def tensor(array, requires_grad=False):
-    return None if array is None else torch.from_numpy(array.copy()).requires_grad_(requires_grad)
+    """A copy; its strides are those of the array."""
+    if array is None:
+        return None
+    array = array.copy(order="K")
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).requires_grad_(requires_grad)
+    return torch.from_numpy(array).requires_grad_(requires_grad)
+
+
+def numpy_of(tensor):
+    """The array in the memory of a tensor."""
+    tensor = tensor.detach()
+    return tensor.view(torch.int16).numpy().view(BFLOAT16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def assert_like_torch(ours, theirs, what=""):
-    theirs = theirs.detach().numpy()
+    theirs = numpy_of(theirs)
     assert ours.dtype == theirs.dtype, what
     assert ours.shape == theirs.shape, what
-    np.testing.assert_allclose(ours, theirs, **TOLERANCE[ours.dtype.type], err_msg=str(what))
+    np.testing.assert_allclose(
+        ours.astype(np.float64), theirs.astype(np.float64), **TOLERANCE[ours.dtype.type], err_msg=str(what)
+    )
 
 
 ACTIVATIONS = {
@@ -122,11 +141,46 @@ def test_forward_running_statistics_and_gradients_are_those_of_torch(rng, dtype,
         assert_like_torch(mean, tmean, what)
         assert_like_torch(var, tvar, what)
         assert_like_torch(gradients.dx, tx.grad, what)
-        for ours, theirs in zip(gradients[1:], (tw, tb), strict=True):
+        for ours, theirs in zip(gradients[1:3], (tw, tb), strict=True):
             assert (ours is None) == (theirs is None), what
             if theirs is not None:  # torch adds up in float32: its error grows with the count
                 count = ours.dtype.type(x.size // channels)
                 assert_like_torch(ours / count, theirs.grad / count, what)
+
+
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@data_dtypes
+def test_fusions_are_the_composition_of_torch(rng, dtype, activation, memory_format, training, with_residual):
+    """On the memory of torch's own tensors, channels last too. Half data: composed in float32 and rounded at the end,
+    since torch rounds after every step.
+    """
+    shape = (4, 24, 6, 7)
+    x, residual, dy = (tensor(images(rng, shape, dtype)).to(memory_format=memory_format) for _ in range(3))
+    weight, bias, mean, var = parameters(rng, 24, dtype)
+    wide = x.dtype if dtype in (np.float32, np.float64) else torch.float32
+    tx, tr = (t.to(wide).requires_grad_() for t in (x, residual))
+    tw, tb = tensor(weight, requires_grad=True), tensor(bias, requires_grad=True)
+    tmean, tvar = tensor(mean), tensor(var)
+    tz = torch.nn.functional.batch_norm(tx, tmean, tvar, tw, tb, training)
+    ty = ACTIVATIONS[activation](tz + tr if with_residual else tz, 0.2)
+    ty.backward(dy.to(wide))
+
+    y, saved = pybn.batch_norm_forward(
+        numpy_of(x), weight, bias, mean, var, training=training, activation=activation, negative_slope=0.2,
+        residual=numpy_of(residual) if with_residual else None,
+    )  # fmt: skip
+    got = pybn.batch_norm_backward(numpy_of(dy), saved)
+    assert_like_torch(y, ty.to(x.dtype))
+    assert_like_torch(mean, tmean)
+    assert_like_torch(var, tvar)
+    assert_like_torch(got.dx, tx.grad.to(x.dtype))
+    for ours, theirs in zip(got[1:3], (tw, tb), strict=True):
+        assert_like_torch(ours / ours.dtype.type(168), theirs.grad / 168)
+    if with_residual:
+        assert_like_torch(got.dresidual, tr.grad.to(x.dtype))
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +225,40 @@ def test_sample_inputs_of_torch_testing_give_the_same_results(torch_samples, dty
 
 def torch_state(state):
     return {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("kind", LAYERS)
+@data_dtypes
+def test_layers_are_those_of_torch_for_data_of_every_type(rng, dtype, kind, channels_last, training):
+    """Of half data with float32 parameters, which torch calls mixed. Its tensors are read where they lie."""
+    ours_type, theirs_type, shape = LAYERS[kind]
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(shape)) if channels_last else None
+    memory_format = memory_format or torch.contiguous_format
+    parameter_dtype = np.float64 if dtype == np.float64 else np.float32
+    ours, theirs = ours_type(5, dtype=parameter_dtype), theirs_type(5, dtype=tensor(np.ones(1, parameter_dtype)).dtype)
+    state = dict(zip(("weight", "bias", "running_mean", "running_var"), parameters(rng, 5, dtype), strict=True))
+    ours.load_state_dict({**state, "num_batches_tracked": np.array(0)})
+    theirs.load_state_dict(torch_state(ours.state_dict()))
+    ours.train(training)
+    theirs.train(training)
+
+    tx, dy = (tensor(images(rng, shape, dtype)).to(memory_format=memory_format) for _ in range(2))
+    x = numpy_of(tx)
+    tx.requires_grad_()
+    ty = theirs(tx)
+    ty.backward(dy)
+    y = ours(x)
+    assert_like_torch(y, ty)
+    dx = ours.backward(numpy_of(dy))
+    for name, value in theirs.state_dict().items():
+        if name != "num_batches_tracked":
+            assert_like_torch(getattr(ours, name), value, name)
+    count = x.size // 5
+    assert_like_torch(ours.weight_grad / count, theirs.weight.grad / count)
+    assert_like_torch(ours.bias_grad / count, theirs.bias.grad / count)
+    assert_like_torch(dx, tx.grad)
 
 
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
