@@ -131,7 +131,7 @@ class StatsReduction {
       if (var < 0) var = 0;  // rounding can leave -1e-17; NaN stays
       // Squares of values beyond 1e154 overflow: the variance is infinite then, not infinity less infinity.
       if (std::isinf(total.second) && std::isfinite(total.first)) var = total.second;
-      result(c, static_cast<double>(*x_.at(0, c, 0)) + offset, var);
+      result(c, to_double(*x_.at(0, c, 0)) + offset, var);
     }
   }
 
@@ -147,17 +147,17 @@ template <class T>
 class GradientReduction {
  public:
   GradientReduction(const Plan& plan, Operand<const T> dy, Operand<const T> x, const Normalization<T>& normalization,
-                    Activation activation)
+                    const Fusion<T>& fusion)
       : kernels_(kernels_for<T>(plan.partition.extents)),
         dy_(dy),
         x_(x),
         normalization_(normalization),
-        activation_(activation),
+        fusion_(fusion),
         partials_(plan.partition) {}
 
   void reduce(const Tile& tile, std::size_t segment) {
     kernels_.backward_reduce(tile.block, tile.of(dy_), tile.of(x_), normalization_.mean + tile.channel,
-                             normalization_.affine().from(tile.channel), activation_,
+                             normalization_.affine().from(tile.channel), tile.of(fusion_),
                              partials_.first(segment, tile.channel), partials_.second(segment, tile.channel));
   }
 
@@ -173,7 +173,7 @@ class GradientReduction {
   const Kernels<T>& kernels_;
   Operand<const T> dy_, x_;
   const Normalization<T>& normalization_;
-  Activation activation_;
+  const Fusion<T>& fusion_;
   Partials partials_;
 };
 
@@ -181,15 +181,16 @@ class GradientReduction {
 // dz)) * scale.
 template <class T>
 struct GradientCoefficients {
-  std::vector<T> mean_dy, slope;
+  using A = Arithmetic<T>;
+  std::vector<A> mean_dy, slope;
 
   explicit GradientCoefficients(std::size_t channels) : mean_dy(channels), slope(channels) {}
 
   void set(std::size_t c, double invstd, double sum_dy, double sum_dy_xmu, double count) {
-    mean_dy[c] = static_cast<T>(sum_dy / count);
-    slope[c] = static_cast<T>(-invstd * invstd * (sum_dy_xmu / count));
+    mean_dy[c] = static_cast<A>(sum_dy / count);
+    slope[c] = static_cast<A>(-invstd * invstd * (sum_dy_xmu / count));
   }
-  GradientAffine<T> from(std::size_t c) const { return {mean_dy.data() + c, slope.data() + c}; }
+  GradientAffine<A> from(std::size_t c) const { return {mean_dy.data() + c, slope.data() + c}; }
 };
 
 }  // namespace
@@ -199,14 +200,14 @@ void Normalization<T>::set(std::size_t c, double channel_mean, double var, Param
                            double eps) {
   mean[c] = channel_mean;
   invstd[c] = 1 / std::sqrt(var + eps);
-  center_hi[c] = static_cast<T>(channel_mean);
-  center_lo[c] = static_cast<T>(channel_mean - static_cast<double>(center_hi[c]));
+  center_hi[c] = static_cast<A>(channel_mean);
+  center_lo[c] = static_cast<A>(channel_mean - static_cast<double>(center_hi[c]));
   // A finite scale stays finite, so that a constant channel gives 0 * (a large number) rather than 0 * infinity.
-  constexpr double largest = static_cast<double>(std::numeric_limits<T>::max());
+  constexpr double largest = static_cast<double>(std::numeric_limits<A>::max());
   const double bounded = std::min(invstd[c], largest);
   const double product = weight ? weight[c] * bounded : bounded;
-  scale[c] = static_cast<T>(std::isfinite(product) ? std::clamp(product, -largest, largest) : product);
-  shift[c] = static_cast<T>(bias ? bias[c] : 0);
+  scale[c] = static_cast<A>(std::isfinite(product) ? std::clamp(product, -largest, largest) : product);
+  shift[c] = static_cast<A>(bias ? bias[c] : 0);
 }
 
 template <class T>
@@ -225,7 +226,7 @@ void batch_norm_stats(const Extents& extents, Operand<const T> x, double* mean, 
 
 template <class T>
 void batch_norm_forward(const Extents& extents, Operand<const T> x, Operand<T> y, Parameter weight, Parameter bias,
-                        double eps, Activation activation, double* var, const Normalization<T>& normalization) {
+                        double eps, const Fusion<T>& fusion, double* var, const Normalization<T>& normalization) {
   const Plan plan = plan_reduction_and_application(extents, sizeof(T));
   const Kernels<T>& kernels = kernels_for<T>(extents);
   StatsReduction<T> stats(plan, x);
@@ -239,27 +240,28 @@ void batch_norm_forward(const Extents& extents, Operand<const T> x, Operand<T> y
         });
       },
       [&](const Tile& tile) {
-        kernels.elemt(tile.block, tile.reversed(x), tile.reversed(y), n.affine().from(tile.channel), activation);
+        kernels.elemt(tile.block, tile.reversed(x), tile.reversed(y), n.affine().from(tile.channel),
+                      tile.reversed(fusion));
       });
 }
 
 template <class T>
 void batch_norm_elemt(const Extents& extents, Operand<const T> x, Operand<T> y, const Normalization<T>& normalization,
-                      Activation activation) {
+                      const Fusion<T>& fusion) {
   const Kernels<T>& kernels = kernels_for<T>(extents);
   run_application(plan_application(extents, sizeof(T)), [&](const Tile& tile) {
-    kernels.elemt(tile.block, tile.of(x), tile.of(y), normalization.affine().from(tile.channel), activation);
+    kernels.elemt(tile.block, tile.of(x), tile.of(y), normalization.affine().from(tile.channel), tile.of(fusion));
   });
 }
 
 template <class T>
-void batch_norm_backward(const Extents& extents, Operand<const T> dy, Operand<const T> x, Operand<T> dx,
-                         const Normalization<T>& normalization, Activation activation, bool training, double* sum_dy,
+void batch_norm_backward(const Extents& extents, const GradientOperands<T>& operands,
+                         const Normalization<T>& normalization, const Fusion<T>& fusion, bool training, double* sum_dy,
                          double* sum_dy_xmu) {
   const Plan plan = plan_reduction_and_application(extents, 2 * sizeof(T));
   const Kernels<T>& kernels = kernels_for<T>(extents);
   const double count = static_cast<double>(extents.per_channel());
-  GradientReduction<T> sums(plan, dy, x, normalization, activation);
+  GradientReduction<T> sums(plan, operands.dy, operands.x, normalization, fusion);
   GradientCoefficients<T> coefficients(extents.channels);
   run(
       plan, [&](const Tile& tile, std::size_t segment) { sums.reduce(tile, segment); },
@@ -269,35 +271,39 @@ void batch_norm_backward(const Extents& extents, Operand<const T> dy, Operand<co
           coefficients.set(c, normalization.invstd[c], sum_dy[c], sum_dy_xmu[c], count);
       },
       [&](const Tile& tile) {
-        const GradientAffine<T> gradient = coefficients.from(tile.channel);
-        kernels.backward_elemt(tile.block, tile.reversed(dy), tile.reversed(x), tile.reversed(dx),
-                               normalization.affine().from(tile.channel), training ? &gradient : nullptr, activation);
+        const auto gradient = coefficients.from(tile.channel);
+        kernels.backward_elemt(tile.block, tile.reversed(operands.dy), tile.reversed(operands.x),
+                               tile.reversed(operands.dx), tile.reversed(operands.dresidual),
+                               normalization.affine().from(tile.channel), training ? &gradient : nullptr,
+                               tile.reversed(fusion));
       });
 }
 
 template <class T>
 void batch_norm_backward_reduce(const Extents& extents, Operand<const T> dy, Operand<const T> x,
-                                const Normalization<T>& normalization, Activation activation, double* sum_dy,
+                                const Normalization<T>& normalization, const Fusion<T>& fusion, double* sum_dy,
                                 double* sum_dy_xmu) {
   const Plan plan = plan_reduction(extents, 2 * sizeof(T));
-  GradientReduction<T> sums(plan, dy, x, normalization, activation);
+  GradientReduction<T> sums(plan, dy, x, normalization, fusion);
   run_reduction(
       plan, [&](const Tile& tile, std::size_t segment) { sums.reduce(tile, segment); },
       [&](std::size_t first, std::size_t channels) { sums.merge(first, channels, sum_dy, sum_dy_xmu); });
 }
 
 template <class T>
-void batch_norm_backward_elemt(const Extents& extents, Operand<const T> dy, Operand<const T> x, Operand<T> dx,
-                               const Normalization<T>& normalization, Activation activation, const GradientSums* sums) {
+void batch_norm_backward_elemt(const Extents& extents, const GradientOperands<T>& operands,
+                               const Normalization<T>& normalization, const Fusion<T>& fusion,
+                               const GradientSums* sums) {
   const Kernels<T>& kernels = kernels_for<T>(extents);
   GradientCoefficients<T> coefficients(sums ? extents.channels : 0);
   if (sums)
     for (std::size_t c = 0; c < extents.channels; ++c)
       coefficients.set(c, normalization.invstd[c], sums->sum_dy[c], sums->sum_dy_xmu[c], sums->count);
   run_application(plan_application(extents, 2 * sizeof(T)), [&](const Tile& tile) {
-    const GradientAffine<T> gradient = coefficients.from(tile.channel);
-    kernels.backward_elemt(tile.block, tile.of(dy), tile.of(x), tile.of(dx), normalization.affine().from(tile.channel),
-                           sums ? &gradient : nullptr, activation);
+    const auto gradient = coefficients.from(tile.channel);
+    kernels.backward_elemt(tile.block, tile.of(operands.dy), tile.of(operands.x), tile.of(operands.dx),
+                           tile.of(operands.dresidual), normalization.affine().from(tile.channel),
+                           sums ? &gradient : nullptr, tile.of(fusion));
   });
 }
 
@@ -312,20 +318,23 @@ void RunningStatistic::update(std::size_t channels, const double* batch, double 
   }
 }
 
-#define PYBN_INSTANTIATE(T)                                                                                          \
-  template struct Normalization<T>;                                                                                  \
-  template void batch_norm_stats(const Extents&, Operand<const T>, double*, double*);                                \
-  template void batch_norm_forward(const Extents&, Operand<const T>, Operand<T>, Parameter, Parameter, double,       \
-                                   Activation, double*, const Normalization<T>&);                                    \
-  template void batch_norm_elemt(const Extents&, Operand<const T>, Operand<T>, const Normalization<T>&, Activation); \
-  template void batch_norm_backward(const Extents&, Operand<const T>, Operand<const T>, Operand<T>,                  \
-                                    const Normalization<T>&, Activation, bool, double*, double*);                    \
-  template void batch_norm_backward_reduce(const Extents&, Operand<const T>, Operand<const T>,                       \
-                                           const Normalization<T>&, Activation, double*, double*);                   \
-  template void batch_norm_backward_elemt(const Extents&, Operand<const T>, Operand<const T>, Operand<T>,            \
-                                          const Normalization<T>&, Activation, const GradientSums*);
+#define PYBN_INSTANTIATE(T)                                                                                    \
+  template struct Normalization<T>;                                                                            \
+  template void batch_norm_stats(const Extents&, Operand<const T>, double*, double*);                          \
+  template void batch_norm_forward(const Extents&, Operand<const T>, Operand<T>, Parameter, Parameter, double, \
+                                   const Fusion<T>&, double*, const Normalization<T>&);                        \
+  template void batch_norm_elemt(const Extents&, Operand<const T>, Operand<T>, const Normalization<T>&,        \
+                                 const Fusion<T>&);                                                            \
+  template void batch_norm_backward(const Extents&, const GradientOperands<T>&, const Normalization<T>&,       \
+                                    const Fusion<T>&, bool, double*, double*);                                 \
+  template void batch_norm_backward_reduce(const Extents&, Operand<const T>, Operand<const T>,                 \
+                                           const Normalization<T>&, const Fusion<T>&, double*, double*);       \
+  template void batch_norm_backward_elemt(const Extents&, const GradientOperands<T>&, const Normalization<T>&, \
+                                          const Fusion<T>&, const GradientSums*);
 
 PYBN_INSTANTIATE(float)
 PYBN_INSTANTIATE(double)
+PYBN_INSTANTIATE(Float16)
+PYBN_INSTANTIATE(BFloat16)
 
 }  // namespace pybn

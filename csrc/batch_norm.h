@@ -1,7 +1,8 @@
 // Batch norm on strided arrays: statistics (a reduction) -> a per-channel affine map -> an application of that map.
 //
-// Every function is a template over the data type T (float, double). Per-channel values are double, except for the
-// affine map that the kernels apply, which is T. Results are the same bits for any number of threads.
+// Every function is a template over the data type T (float, double, Float16, BFloat16). Per-channel values are double,
+// except for the affine map that the kernels apply, which is of the type that T is computed with. Results are the same
+// bits for any number of threads.
 #pragma once
 
 #include <cstddef>
@@ -27,12 +28,13 @@ struct Parameter {
 // The statistics that an affine map is made from, and the map itself, for all channels. The caller owns the memory.
 template <class T>
 struct Normalization {
+  using A = Arithmetic<T>;
   double *mean, *invstd;
-  T *center_hi, *center_lo, *scale, *shift;
+  A *center_hi, *center_lo, *scale, *shift;
 
-  Affine<T> affine() const { return {center_hi, center_lo, scale, shift}; }
+  Affine<A> affine() const { return {center_hi, center_lo, scale, shift}; }
 
-  // scale = weight / sqrt(var + eps); every product is rounded to T once.
+  // scale = weight / sqrt(var + eps); every product is rounded to A once.
   void set(std::size_t c, double channel_mean, double var, Parameter weight, Parameter bias, double eps);
 };
 
@@ -40,25 +42,33 @@ struct Normalization {
 template <class T>
 void batch_norm_stats(const Extents&, Operand<const T> x, double* mean, double* var);
 
-// Training: statistics of x, then y = activation((x - mean) * invstd * weight + bias). Fills `var` (biased) and
-// `normalization`.
+// Training: statistics of x, then y = activation((x - mean) * invstd * weight + bias + residual). Fills `var` (biased)
+// and `normalization`.
 template <class T>
 void batch_norm_forward(const Extents&, Operand<const T> x, Operand<T> y, Parameter weight, Parameter bias, double eps,
-                        Activation, double* var, const Normalization<T>& normalization);
+                        const Fusion<T>&, double* var, const Normalization<T>& normalization);
 
-// y = activation(affine(x)), with a normalization that is already filled.
+// y = activation(affine(x) + residual), with a normalization that is already filled.
 template <class T>
-void batch_norm_elemt(const Extents&, Operand<const T> x, Operand<T> y, const Normalization<T>&, Activation);
+void batch_norm_elemt(const Extents&, Operand<const T> x, Operand<T> y, const Normalization<T>&, const Fusion<T>&);
+
+// What a backward pass reads and writes: dresidual, if it is there, becomes dz, the gradient passed back through the
+// activation.
+template <class T>
+struct GradientOperands {
+  Operand<const T> dy, x;
+  Operand<T> dx, dresidual;
+};
 
 // The whole backward pass: the two sums, then dx, which in evaluation does not depend on them.
 template <class T>
-void batch_norm_backward(const Extents&, Operand<const T> dy, Operand<const T> x, Operand<T> dx,
-                         const Normalization<T>&, Activation, bool training, double* sum_dy, double* sum_dy_xmu);
+void batch_norm_backward(const Extents&, const GradientOperands<T>&, const Normalization<T>&, const Fusion<T>&,
+                         bool training, double* sum_dy, double* sum_dy_xmu);
 
-// sum_dy = sum(dz), sum_dy_xmu = sum((x - mean) * dz), dz being dy passed back through the activation.
+// sum_dy = sum(dz), sum_dy_xmu = sum((x - mean) * dz).
 template <class T>
 void batch_norm_backward_reduce(const Extents&, Operand<const T> dy, Operand<const T> x, const Normalization<T>&,
-                                Activation, double* sum_dy, double* sum_dy_xmu);
+                                const Fusion<T>&, double* sum_dy, double* sum_dy_xmu);
 
 // The sums over `count` values per channel, of this batch or of several processes.
 struct GradientSums {
@@ -68,8 +78,8 @@ struct GradientSums {
 
 // dx given the sums (training), or without them (evaluation: the statistics are constants).
 template <class T>
-void batch_norm_backward_elemt(const Extents&, Operand<const T> dy, Operand<const T> x, Operand<T> dx,
-                               const Normalization<T>&, Activation, const GradientSums* sums);
+void batch_norm_backward_elemt(const Extents&, const GradientOperands<T>&, const Normalization<T>&, const Fusion<T>&,
+                               const GradientSums* sums);
 
 // A running statistic as the caller holds it: running = (1 - momentum) * running + momentum * batch, computed in
 // double.

@@ -3,12 +3,13 @@
 // pybn/_arrays.py has checked every argument and phrased every error before a call comes here; what is checked again is
 // what memory safety needs. The GIL is released while kernels run.
 #include <cxxabi.h>
-#include <pybind11/native_enum.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <exception>
@@ -38,17 +39,52 @@ void require(bool condition, const char* what) {
   if (!condition) throw std::invalid_argument(what);
 }
 
+// ---- types
+
+// What NumPy calls ml_dtypes.bfloat16, once an array of it has been met: a type that ml_dtypes registers at run time.
+std::atomic<int> bfloat16_number{-1};
+
+enum class DType { float32, float64, float16, bfloat16 };
+
+std::optional<DType> dtype_of(const py::array& array) {
+  const py::dtype dtype = array.dtype();
+  const int number = dtype.num();
+  if (number == bfloat16_number) return DType::bfloat16;
+  if (dtype.byteorder() != '=') return std::nullopt;
+  if (number == py::dtype::num_of<float>()) return DType::float32;
+  if (number == py::dtype::num_of<double>()) return DType::float64;
+  if (number == 23 /* NPY_HALF */) return DType::float16;
+  if (dtype.kind() == 'V' && dtype.itemsize() == 2 && py::str(dtype.attr("name")).equal(py::str("bfloat16"))) {
+    bfloat16_number = number;
+    return DType::bfloat16;
+  }
+  return std::nullopt;
+}
+
 // Calls f with a value of the array's element type.
 template <class F>
 auto with_dtype(const py::array& x, F f) {
-  if (x.dtype().is(py::dtype::of<float>())) return f(float{});
-  if (x.dtype().is(py::dtype::of<double>())) return f(double{});
-  if (py::isinstance<py::array_t<float>>(x)) return f(float{});  // another object for the same type
-  if (py::isinstance<py::array_t<double>>(x)) return f(double{});
-  throw std::invalid_argument("expected a native float32 or float64 array");
+  const std::optional<DType> dtype = dtype_of(x);
+  require(dtype.has_value(), "expected a native float32, float64, float16 or bfloat16 array");
+  switch (*dtype) {
+    case DType::float32:
+      return f(float{});
+    case DType::float64:
+      return f(double{});
+    case DType::float16:
+      return f(Float16{});
+    default:
+      return f(BFloat16{});
+  }
 }
 
-std::optional<Layout> layout_of(py::ssize_t channel_axis, const std::vector<const py::array*>& arrays) {
+bool is_c_contiguous(const py::array& array) {
+  return (array.flags() & py::array::c_style) != 0;
+}
+
+// ---- layouts
+
+std::optional<Layout> layout_of_strides(py::ssize_t channel_axis, const std::vector<const py::array*>& arrays) {
   const py::array& first = *arrays.front();
   const std::vector<std::ptrdiff_t> shape(first.shape(), first.shape() + first.ndim());
   std::vector<std::vector<std::ptrdiff_t>> strides;
@@ -63,18 +99,35 @@ std::optional<Layout> layout_of(py::ssize_t channel_axis, const std::vector<cons
   return find_layout(shape, static_cast<std::size_t>(channel_axis), strides);
 }
 
-// Arrays of one shape and type, as a call to the core sees them.
+std::optional<Layout> layout_of(py::ssize_t channel_axis, const std::vector<const py::array*>& arrays) {
+  const py::array& first = *arrays.front();
+  const auto c_contiguous = [](const py::array* array) { return is_c_contiguous(*array); };
+  // The usual case, soon done. With one channel there is more to merge.
+  if (first.size() > 0 && first.shape(channel_axis) > 1 && std::all_of(arrays.begin(), arrays.end(), c_contiguous)) {
+    Extents e{1, static_cast<std::size_t>(first.shape(channel_axis)), 1};
+    for (py::ssize_t d = 0; d < first.ndim(); ++d)
+      if (d != channel_axis) (d < channel_axis ? e.outer : e.inner) *= static_cast<std::size_t>(first.shape(d));
+    const Strides strides{static_cast<std::ptrdiff_t>(e.channels * e.inner), static_cast<std::ptrdiff_t>(e.inner)};
+    return Layout{e, std::vector<Strides>(arrays.size(), strides)};
+  }
+  return layout_of_strides(channel_axis, arrays);
+}
+
+// Arrays of one shape and type, as a call to the core sees them. The first decides the order of the axes; null pointers
+// stand for absent ones.
 class Problem {
  public:
-  Problem(py::ssize_t channel_axis, std::vector<const py::array*> arrays) : arrays_(std::move(arrays)) {
-    const py::array& first = *arrays_.front();
+  Problem(py::ssize_t channel_axis, const std::vector<const py::array*>& arrays) {
+    const py::array& first = *arrays.front();
     require(channel_axis >= 0 && channel_axis < first.ndim(), "channel axis out of range");
-    for (const py::array* array : arrays_) {
-      require(
-          array->ndim() == first.ndim() && std::equal(array->shape(), array->shape() + array->ndim(), first.shape()),
-          "shapes differ");
-      require(array->dtype().is(first.dtype()) || array->dtype().equal(first.dtype()), "dtypes differ");
-    }
+    for (const py::array* array : arrays)
+      if (array) {
+        require(
+            array->ndim() == first.ndim() && std::equal(array->shape(), array->shape() + array->ndim(), first.shape()),
+            "shapes differ");
+        require(array->dtype().is(first.dtype()) || array->dtype().equal(first.dtype()), "dtypes differ");
+        arrays_.push_back(array);
+      }
     std::optional<Layout> layout = layout_of(channel_axis, arrays_);
     require(layout.has_value(), "strides that the kernels cannot follow");
     layout_ = std::move(*layout);
@@ -84,16 +137,24 @@ class Problem {
   std::size_t channels() const { return layout_.extents.channels; }
 
   template <class T>
-  Operand<const T> input(std::size_t k) const {
-    return {static_cast<const T*>(arrays_[k]->data()), layout_.operands[k].outer, layout_.operands[k].channel};
+  Operand<const T> input(const py::array* array) const {
+    if (!array) return {};
+    const Strides strides = strides_of(array);
+    return {static_cast<const T*>(array->data()), strides.outer, strides.channel};
   }
   template <class T>
-  Operand<T> output(std::size_t k) const {
-    return {static_cast<T*>(const_cast<py::array*>(arrays_[k])->mutable_data()), layout_.operands[k].outer,
-            layout_.operands[k].channel};
+  Operand<T> output(py::array* array) const {
+    if (!array) return {};
+    const Strides strides = strides_of(array);
+    return {static_cast<T*>(array->mutable_data()), strides.outer, strides.channel};
   }
 
  private:
+  Strides strides_of(const py::array* array) const {
+    const auto found = std::find(arrays_.begin(), arrays_.end(), array);
+    return layout_.operands[static_cast<std::size_t>(found - arrays_.begin())];
+  }
+
   std::vector<const py::array*> arrays_;
   Layout layout_;
 };
@@ -106,8 +167,9 @@ void require_channels(const py::array& values, std::size_t channels) {
 Parameter parameter(const std::optional<py::array>& values, std::size_t channels) {
   if (!values) return {};
   require_channels(*values, channels);
-  const bool is_double = with_dtype(*values, [](auto zero) { return sizeof zero == sizeof(double); });
-  return {static_cast<const char*>(values->data()), values->strides(0), is_double};
+  const std::optional<DType> dtype = dtype_of(*values);
+  require(dtype == DType::float32 || dtype == DType::float64, "a per-channel array of another type");
+  return {static_cast<const char*>(values->data()), values->strides(0), dtype == DType::float64};
 }
 
 RunningStatistic running(std::optional<py::array>& values, std::size_t channels) {
@@ -120,33 +182,102 @@ const double* doubles(const Doubles& values, std::size_t channels) {
   return values.data();
 }
 
-// A Normalization whose memory Python owns: mean and invstd of shape (C,), and the affine map of shape (4, C).
-using NormalizationArrays = std::tuple<Doubles, Doubles, py::array>;
+// Two values per channel, of shape (2, C).
+Doubles new_pair(std::size_t channels) {
+  return Doubles({py::ssize_t{2}, static_cast<py::ssize_t>(channels)});
+}
+
+// A Normalization whose memory Python owns: mean and invstd, of shape (2, C), and the affine map, of shape (4, C).
+using NormalizationArrays = std::pair<Doubles, py::array>;
 
 template <class T>
 Normalization<T> view(NormalizationArrays& arrays, std::size_t channels) {
-  auto& [mean, invstd, affine] = arrays;
-  require_channels(mean, channels);
-  require_channels(invstd, channels);
-  require(py::isinstance<py::array_t<T>>(affine) && affine.ndim() == 2 && affine.shape(0) == 4 &&
-              static_cast<std::size_t>(affine.shape(1)) == channels && (affine.flags() & py::array::c_style),
-          "an affine map of another shape or type");
-  T* rows = static_cast<T*>(affine.mutable_data());
-  return {mean.mutable_data(), invstd.mutable_data(), rows, rows + channels, rows + 2 * channels, rows + 3 * channels};
+  auto& [statistics, affine] = arrays;
+  const auto has_shape = [&](const py::array& array, py::ssize_t rows) {
+    return array.ndim() == 2 && array.shape(0) == rows && static_cast<std::size_t>(array.shape(1)) == channels &&
+           is_c_contiguous(array);
+  };
+  using A = Arithmetic<T>;
+  require(has_shape(statistics, 2), "statistics of another shape");
+  require(has_shape(affine, 4) && py::isinstance<py::array_t<A>>(affine), "an affine map of another shape or type");
+  double* mean = statistics.mutable_data();
+  A* rows = static_cast<A*>(affine.mutable_data());
+  return {mean, mean + channels, rows, rows + channels, rows + 2 * channels, rows + 3 * channels};
 }
 
 template <class T>
 NormalizationArrays new_normalization(std::size_t channels) {
-  const auto n = static_cast<py::ssize_t>(channels);
-  return {Doubles(n), Doubles(n), py::array_t<T>({py::ssize_t{4}, n})};
+  return {new_pair(channels), py::array_t<Arithmetic<T>>({py::ssize_t{4}, static_cast<py::ssize_t>(channels)})};
 }
 
-Doubles new_doubles(std::size_t channels) {
-  return Doubles(static_cast<py::ssize_t>(channels));
+// A new array; large ones live in recycled memory.
+py::array new_array(const py::dtype& dtype, const std::vector<py::ssize_t>& shape,
+                    const std::vector<py::ssize_t>& strides, std::size_t bytes) {
+  if (bytes < kPooledBytes) return py::array(dtype, shape, strides);
+  auto buffer = std::make_unique<Buffer>(acquire_buffer(bytes));
+  const void* data = buffer->data;
+  const py::capsule owner(buffer.release(), [](void* pointer) {
+    const std::unique_ptr<Buffer> owned(static_cast<Buffer*>(pointer));
+    release_buffer(*owned);
+  });
+  return py::array(dtype, shape, strides, data, owner);
+}
+
+// ---- what follows the map
+
+// Activation and slope, as Python passes them.
+using ActivationArguments = std::pair<int, double>;
+
+constexpr const char* kActivationNames[] = {"none", "relu", "relu6", "leaky_relu", "silu", "hardswish"};
+
+// Whether the activation's gradient is a choice of two slopes, so that one bit per value tells it.
+bool has_mask(Activation activation) {
+  return activation == Activation::relu || activation == Activation::relu6 || activation == Activation::leaky_relu;
+}
+
+// Bytes between planes (or 0: rows), and between outer indices, of a mask.
+std::pair<std::size_t, std::size_t> mask_strides(const Extents& e) {
+  const auto bytes = [](std::size_t values) { return (values + kMaskValues - 1) / kMaskValues; };
+  if (e.is_rows()) return {0, bytes(e.channels)};
+  return {bytes(e.inner), e.channels * bytes(e.inner)};
+}
+
+py::array new_mask(const Extents& e) {
+  const std::size_t bytes = e.outer * mask_strides(e).second;
+  return new_array(py::dtype::of<std::uint8_t>(), {static_cast<py::ssize_t>(bytes)}, {1}, bytes);
+}
+
+template <class T>
+Fusion<T> fusion(const Problem& problem, ActivationArguments activation, const py::array* residual,
+                 const py::array* mask) {
+  require(activation.first >= 0 && activation.first < static_cast<int>(std::size(kActivationNames)),
+          "an unknown activation");
+  Fusion<T> result{static_cast<Activation>(activation.first), activation.second, problem.input<T>(residual), {}};
+  if (mask) {
+    const Extents& e = problem.extents();
+    const auto [plane, outer] = mask_strides(e);
+    require(py::isinstance<py::array_t<std::uint8_t>>(*mask) && is_c_contiguous(*mask) &&
+                static_cast<std::size_t>(mask->size()) == e.outer * outer,
+            "a mask of another layout");
+    // Kernels write it in the forward pass only, where it is new.
+    result.mask = {static_cast<std::uint8_t*>(const_cast<void*>(mask->data())), static_cast<std::ptrdiff_t>(outer),
+                   static_cast<std::ptrdiff_t>(plane)};
+  }
+  return result;
+}
+
+const py::array* pointer(const std::optional<py::array>& array) {
+  return array ? &*array : nullptr;
+}
+py::array* pointer(std::optional<py::array>& array) {
+  return array ? &*array : nullptr;
 }
 
 // A new array of x's shape, type and order of axes, without gaps; large ones live in recycled memory.
 py::array empty_like(const py::array& x) {
+  if (is_c_contiguous(x))
+    return new_array(x.dtype(), {x.shape(), x.shape() + x.ndim()}, {x.strides(), x.strides() + x.ndim()},
+                     static_cast<std::size_t>(x.nbytes()));
   const auto ndim = static_cast<std::size_t>(x.ndim());
   std::vector<std::size_t> axes(ndim);
   std::iota(axes.begin(), axes.end(), std::size_t{0});
@@ -160,15 +291,7 @@ py::array empty_like(const py::array& x) {
     strides[axes[i]] = bytes;
     bytes *= shape[axes[i]];
   }
-  if (static_cast<std::size_t>(bytes) < kPooledBytes) return py::array(x.dtype(), shape, strides);
-
-  auto buffer = std::make_unique<Buffer>(acquire_buffer(static_cast<std::size_t>(bytes)));
-  const void* data = buffer->data;
-  const py::capsule owner(buffer.release(), [](void* pointer) {
-    const std::unique_ptr<Buffer> owned(static_cast<Buffer*>(pointer));
-    release_buffer(*owned);
-  });
-  return py::array(x.dtype(), shape, strides, data, owner);
+  return new_array(x.dtype(), shape, strides, static_cast<std::size_t>(bytes));
 }
 
 // Calls f, which takes the GIL. A daemon thread that asks for the GIL while the interpreter shuts down is ended by
@@ -212,53 +335,20 @@ void compute(const F& f) {
   }
 }
 
-std::pair<Doubles, Doubles> stats(const py::array& x, py::ssize_t axis) {
+// ---- the operations
+
+Doubles stats(const py::array& x, py::ssize_t axis) {
   const Problem problem(axis, {&x});
-  Doubles mean = new_doubles(problem.channels()), var = new_doubles(problem.channels());
+  const std::size_t channels = problem.channels();
+  Doubles result = new_pair(channels);
   require(!problem.extents().is_empty(), "an empty array has no statistics");
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const auto input = problem.input<T>(0);
-    double *mean_data = mean.mutable_data(), *var_data = var.mutable_data();
-    compute([&] { batch_norm_stats<T>(problem.extents(), input, mean_data, var_data); });
+    const auto input = problem.input<T>(&x);
+    double* mean = result.mutable_data();
+    compute([&] { batch_norm_stats<T>(problem.extents(), input, mean, mean + channels); });
   });
-  return {std::move(mean), std::move(var)};
-}
-
-std::pair<NormalizationArrays, Doubles> forward(
-    const py::array& x, const py::array& y, py::ssize_t axis, const std::optional<py::array>& weight,
-    const std::optional<py::array>& bias, std::optional<py::array> running_mean, std::optional<py::array> running_var,
-    std::optional<py::array_t<std::int64_t>> counter, double momentum, double eps, Activation activation) {
-  const Problem problem(axis, {&x, &y});
-  const std::size_t channels = problem.channels();
-  const Parameter w = parameter(weight, channels), b = parameter(bias, channels);
-  const double n = static_cast<double>(problem.extents().per_channel());
-  require(running_mean.has_value() == running_var.has_value(), "one running statistic without the other");
-  require(!problem.extents().is_empty(), "an empty array has no statistics");
-  RunningStatistic mean_statistic, var_statistic;
-  if (running_mean) mean_statistic = running(running_mean, channels), var_statistic = running(running_var, channels);
-
-  Doubles var = new_doubles(channels);
-  NormalizationArrays arrays = with_dtype(x, [&](auto zero) {
-    using T = decltype(zero);
-    NormalizationArrays result = new_normalization<T>(channels);
-    const Normalization<T> normalization = view<T>(result, channels);
-    const auto input = problem.input<T>(0);
-    const auto output = problem.output<T>(1);
-    double* var_data = var.mutable_data();
-    compute([&] {
-      batch_norm_forward<T>(problem.extents(), input, output, w, b, eps, activation, var_data, normalization);
-    });
-    return result;
-  });
-  // Committed last and together, so that an error or an interrupt leaves all of them as they were.
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-  if (counter) ++*counter->mutable_data();
-  if (running_mean && momentum != 0) {
-    mean_statistic.update(channels, std::get<0>(arrays).data(), 1, momentum);
-    var_statistic.update(channels, var.data(), n / (n - 1), momentum);
-  }
-  return {std::move(arrays), std::move(var)};
+  return result;
 }
 
 // Index of the first value below 0, or -1.
@@ -269,6 +359,55 @@ py::ssize_t first_negative(const py::array& values) {
   for (std::size_t c = 0; c < count; ++c)
     if (parameters[c] < 0) return static_cast<py::ssize_t>(c);
   return -1;
+}
+
+// Training or evaluation. Returns the normalization, and a mask if `keeps_mask` and the backward pass will need one.
+std::pair<NormalizationArrays, std::optional<py::array>> forward(
+    const py::array& x, py::array y, py::ssize_t axis, const std::optional<py::array>& weight,
+    const std::optional<py::array>& bias, std::optional<py::array> running_mean, std::optional<py::array> running_var,
+    std::optional<py::array_t<std::int64_t>> counter, bool training, double momentum, double eps,
+    ActivationArguments activation, const std::optional<py::array>& residual, bool keeps_mask) {
+  const Problem problem(axis, {&x, &y, pointer(residual)});
+  const Extents& extents = problem.extents();
+  const std::size_t channels = problem.channels();
+  const Parameter w = parameter(weight, channels), b = parameter(bias, channels);
+  require(running_mean.has_value() == running_var.has_value(), "one running statistic without the other");
+  require(training || running_mean, "evaluation needs running statistics");
+  require(!extents.is_empty(), "an empty array has no statistics");
+  RunningStatistic mean_statistic, var_statistic;
+  if (training && running_mean)
+    mean_statistic = running(running_mean, channels), var_statistic = running(running_var, channels);
+  std::optional<py::array> mask;
+  if (keeps_mask && residual && has_mask(static_cast<Activation>(activation.first))) mask = new_mask(extents);
+
+  std::vector<double> var(training ? channels : 0);
+  NormalizationArrays arrays = with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    NormalizationArrays result = new_normalization<T>(channels);
+    Normalization<T> n = view<T>(result, channels);
+    const Fusion<T> f = fusion<T>(problem, activation, pointer(residual), pointer(mask));
+    const auto input = problem.input<T>(&x);
+    const auto output = problem.output<T>(&y);
+    if (training) {
+      compute([&] { batch_norm_forward<T>(extents, input, output, w, b, eps, f, var.data(), n); });
+    } else {
+      const Parameter mean = parameter(running_mean, channels), variance = parameter(running_var, channels);
+      for (std::size_t c = 0; c < channels; ++c) n.set(c, mean[c], variance[c], w, b, eps);
+      compute([&] { batch_norm_elemt<T>(extents, input, output, n, f); });
+    }
+    return result;
+  });
+  if (training) {
+    // Committed last and together, so that an error or an interrupt leaves all of them as they were.
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (counter) ++*counter->mutable_data();
+    if (running_mean && momentum != 0) {
+      const double n = static_cast<double>(extents.per_channel());
+      mean_statistic.update(channels, arrays.first.data(), 1, momentum);
+      var_statistic.update(channels, var.data(), n / (n - 1), momentum);
+    }
+  }
+  return {std::move(arrays), std::move(mask)};
 }
 
 NormalizationArrays normalization(const py::array& like, const py::array& mean, const py::array& var,
@@ -287,56 +426,64 @@ NormalizationArrays normalization(const py::array& like, const py::array& mean, 
   });
 }
 
-void elemt(const py::array& x, const py::array& y, py::ssize_t axis, NormalizationArrays arrays,
-           Activation activation) {
-  const Problem problem(axis, {&x, &y});
+void elemt(const py::array& x, py::array y, py::ssize_t axis, NormalizationArrays arrays,
+           ActivationArguments activation, const std::optional<py::array>& residual) {
+  const Problem problem(axis, {&x, &y, pointer(residual)});
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Normalization<T> n = view<T>(arrays, problem.channels());
     if (problem.extents().is_empty()) return;
-    const auto input = problem.input<T>(0);
-    const auto output = problem.output<T>(1);
-    compute([&] { batch_norm_elemt<T>(problem.extents(), input, output, n, activation); });
+    const Fusion<T> f = fusion<T>(problem, activation, pointer(residual), nullptr);
+    const auto input = problem.input<T>(&x);
+    const auto output = problem.output<T>(&y);
+    compute([&] { batch_norm_elemt<T>(problem.extents(), input, output, n, f); });
   });
 }
 
-std::pair<Doubles, Doubles> backward(const py::array& dy, const py::array& x, const py::array& dx, py::ssize_t axis,
-                                     NormalizationArrays arrays, Activation activation, bool training) {
-  const Problem problem(axis, {&dy, &x, &dx});
-  Doubles sum_dy = new_doubles(problem.channels()), sum_dy_xmu = new_doubles(problem.channels());
+// sum_dy and sum_dy_xmu, of shape (2, C).
+Doubles backward(const py::array& dy, const py::array& x, py::array dx, std::optional<py::array> dresidual,
+                 py::ssize_t axis, NormalizationArrays arrays, ActivationArguments activation,
+                 const std::optional<py::array>& residual, const std::optional<py::array>& mask, bool training) {
+  const Problem problem(axis, {&x, &dy, &dx, pointer(dresidual), pointer(residual)});
+  const std::size_t channels = problem.channels();
+  Doubles sums = new_pair(channels);
   require(!problem.extents().is_empty(), "an empty array has no sums");
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const Normalization<T> n = view<T>(arrays, problem.channels());
-    const auto gradient = problem.input<T>(0), input = problem.input<T>(1);
-    const auto output = problem.output<T>(2);
-    double *first = sum_dy.mutable_data(), *second = sum_dy_xmu.mutable_data();
-    compute([&] {
-      batch_norm_backward<T>(problem.extents(), gradient, input, output, n, activation, training, first, second);
-    });
+    const Normalization<T> n = view<T>(arrays, channels);
+    const Fusion<T> f = fusion<T>(problem, activation, pointer(residual), pointer(mask));
+    const GradientOperands<T> operands{problem.input<T>(&dy), problem.input<T>(&x), problem.output<T>(&dx),
+                                       problem.output<T>(pointer(dresidual))};
+    double* sum_dy = sums.mutable_data();
+    compute([&] { batch_norm_backward<T>(problem.extents(), operands, n, f, training, sum_dy, sum_dy + channels); });
   });
-  return {std::move(sum_dy), std::move(sum_dy_xmu)};
+  return sums;
 }
 
-std::pair<Doubles, Doubles> backward_reduce(const py::array& dy, const py::array& x, py::ssize_t axis,
-                                            NormalizationArrays arrays, Activation activation) {
-  const Problem problem(axis, {&dy, &x});
-  Doubles sum_dy = new_doubles(problem.channels()), sum_dy_xmu = new_doubles(problem.channels());
+Doubles backward_reduce(const py::array& dy, const py::array& x, py::ssize_t axis, NormalizationArrays arrays,
+                        ActivationArguments activation, const std::optional<py::array>& residual,
+                        const std::optional<py::array>& mask) {
+  const Problem problem(axis, {&x, &dy, pointer(residual)});
+  const std::size_t channels = problem.channels();
+  Doubles sums = new_pair(channels);
   require(!problem.extents().is_empty(), "an empty array has no sums");
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const Normalization<T> n = view<T>(arrays, problem.channels());
-    const auto gradient = problem.input<T>(0), input = problem.input<T>(1);
-    double *first = sum_dy.mutable_data(), *second = sum_dy_xmu.mutable_data();
-    compute([&] { batch_norm_backward_reduce<T>(problem.extents(), gradient, input, n, activation, first, second); });
+    const Normalization<T> n = view<T>(arrays, channels);
+    const Fusion<T> f = fusion<T>(problem, activation, pointer(residual), pointer(mask));
+    const auto gradient = problem.input<T>(&dy), input = problem.input<T>(&x);
+    double* sum_dy = sums.mutable_data();
+    compute(
+        [&] { batch_norm_backward_reduce<T>(problem.extents(), gradient, input, n, f, sum_dy, sum_dy + channels); });
   });
-  return {std::move(sum_dy), std::move(sum_dy_xmu)};
+  return sums;
 }
 
-void backward_elemt(const py::array& dy, const py::array& x, const py::array& dx, py::ssize_t axis,
-                    NormalizationArrays arrays, Activation activation,
+void backward_elemt(const py::array& dy, const py::array& x, py::array dx, std::optional<py::array> dresidual,
+                    py::ssize_t axis, NormalizationArrays arrays, ActivationArguments activation,
+                    const std::optional<py::array>& residual, const std::optional<py::array>& mask,
                     const std::optional<std::tuple<Doubles, Doubles, double>>& sums) {
-  const Problem problem(axis, {&dy, &x, &dx});
+  const Problem problem(axis, {&x, &dy, &dx, pointer(dresidual), pointer(residual)});
   const std::size_t channels = problem.channels();
   std::optional<GradientSums> gradient_sums;
   if (sums)
@@ -345,13 +492,85 @@ void backward_elemt(const py::array& dy, const py::array& x, const py::array& dx
     using T = decltype(zero);
     const Normalization<T> n = view<T>(arrays, channels);
     if (problem.extents().is_empty()) return;
-    const auto gradient = problem.input<T>(0), input = problem.input<T>(1);
-    const auto output = problem.output<T>(2);
+    const Fusion<T> f = fusion<T>(problem, activation, pointer(residual), pointer(mask));
+    const GradientOperands<T> operands{problem.input<T>(&dy), problem.input<T>(&x), problem.output<T>(&dx),
+                                       problem.output<T>(pointer(dresidual))};
     compute([&] {
-      batch_norm_backward_elemt<T>(problem.extents(), gradient, input, output, n, activation,
-                                   gradient_sums ? &*gradient_sums : nullptr);
+      batch_norm_backward_elemt<T>(problem.extents(), operands, n, f, gradient_sums ? &*gradient_sums : nullptr);
     });
   });
+}
+
+// ---- the fast path of the checks
+
+// An argument as an array, if it is what it usually is: plain, native, aligned and contiguous.
+std::optional<py::array> usual_array(py::handle argument) {
+  if (Py_TYPE(argument.ptr()) != py::detail::npy_api::get().PyArray_Type_) return std::nullopt;
+  auto array = py::reinterpret_borrow<py::array>(argument);
+  constexpr int needed = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  if ((array.flags() & needed) != needed) return std::nullopt;
+  return array;
+}
+
+bool share_memory(const py::array& a, const py::array& b) {
+  const auto *a_begin = static_cast<const char*>(a.data()), *b_begin = static_cast<const char*>(b.data());
+  return a_begin < b_begin + b.nbytes() && b_begin < a_begin + a.nbytes();
+}
+
+bool is_same_kind(const py::array& a, const py::array& b) {
+  return a.ndim() == b.ndim() && std::equal(a.shape(), a.shape() + a.ndim(), b.shape()) &&
+         a.dtype().num() == b.dtype().num();
+}
+
+// The channel axis of x if all arguments of a forward pass are what they usually are, so that the checks of
+// pybn/_arrays.py, which take 10 us, would find nothing; otherwise -1.
+py::ssize_t usual_channel_axis(py::handle x_argument, py::handle axis_argument, py::handle training_argument,
+                               py::handle weight, py::handle bias, py::handle running_mean, py::handle running_var,
+                               py::handle residual_argument, py::handle out_argument) {
+  constexpr py::ssize_t unusual = -1;
+  const std::optional<py::array> x = usual_array(x_argument);
+  if (!x || x->ndim() < 2 || x->size() == 0 || !dtype_of(*x)) return unusual;
+  if (!PyLong_CheckExact(axis_argument.ptr())) return unusual;
+  const long given = PyLong_AsLong(axis_argument.ptr());
+  if (given == -1 && PyErr_Occurred()) throw py::error_already_set();
+  if (given != 1 && given != -1) return unusual;
+  const py::ssize_t axis = given == 1 ? 1 : x->ndim() - 1;
+  const py::ssize_t channels = x->shape(axis);
+  if (!PyBool_Check(training_argument.ptr())) return unusual;
+  const bool training = training_argument.ptr() == Py_True;
+  if (training ? x->size() == channels || running_mean.is_none() != running_var.is_none()
+               : running_mean.is_none() || running_var.is_none())
+    return unusual;
+
+  std::vector<py::array> parameters;
+  for (const py::handle argument : {weight, bias, running_mean, running_var}) {
+    if (argument.is_none()) continue;
+    std::optional<py::array> array = usual_array(argument);
+    if (!array || array->ndim() != 1 || array->shape(0) != channels) return unusual;
+    const std::optional<DType> dtype = dtype_of(*array);
+    if (dtype != DType::float32 && dtype != DType::float64) return unusual;
+    parameters.push_back(std::move(*array));
+  }
+  if (!running_var.is_none()) {
+    const py::array &var = parameters.back(), &mean = parameters[parameters.size() - 2];
+    if (training && (!mean.writeable() || !var.writeable() || share_memory(mean, var))) return unusual;
+    if (first_negative(var) >= 0) return unusual;
+  }
+
+  std::optional<py::array> residual;
+  if (!residual_argument.is_none()) {
+    residual = usual_array(residual_argument);
+    if (!residual || !is_same_kind(*residual, *x)) return unusual;
+  }
+  if (!out_argument.is_none()) {
+    const std::optional<py::array> out = usual_array(out_argument);
+    if (!out || !out->writeable() || !is_same_kind(*out, *x)) return unusual;
+    for (const py::array& parameter : parameters)
+      if (share_memory(*out, parameter)) return unusual;
+    for (const auto& input : {x, residual})
+      if (input && input->data() != out->data() && share_memory(*out, *input)) return unusual;
+  }
+  return axis;
 }
 
 // The yardstick of the benchmarks: memcpy on the threads that a kernel would use.
@@ -390,29 +609,35 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.attr("compiler") = compiler();
   m.attr("openmp") = has_openmp();
 
-  py::native_enum<Activation>(m, "Activation", "enum.Enum")
-      .value("none", Activation::none)
-      .value("relu", Activation::relu)
-      .finalize();
+  py::list activations;
+  for (const char* name : kActivationNames) activations.append(name);
+  m.attr("activations") = py::tuple(activations);
 
-  const auto has_layout = [](py::ssize_t axis, const py::args& args) {
+  const auto layout = [](py::ssize_t axis, const py::args& args) -> std::optional<std::array<std::size_t, 3>> {
     std::vector<py::array> arrays;
     for (const py::handle arg : args) arrays.push_back(py::cast<py::array>(arg));
     std::vector<const py::array*> pointers;
     for (const py::array& array : arrays) pointers.push_back(&array);
-    return layout_of(axis, pointers).has_value();
+    const std::optional<Layout> found = layout_of(axis, pointers);
+    if (!found) return std::nullopt;
+    return std::array<std::size_t, 3>{found->extents.outer, found->extents.channels, found->extents.inner};
   };
-  m.def("has_layout", has_layout, "axis"_a);
+  m.def("layout", layout, "axis"_a);
+  m.def("usual_channel_axis", &usual_channel_axis, "x"_a, "channel_axis"_a, "training"_a, "weight"_a, "bias"_a,
+        "running_mean"_a, "running_var"_a, "residual"_a, "out"_a);
   m.def("stats", &stats, "x"_a, "axis"_a);
   m.def("forward", &forward, "x"_a, "y"_a, "axis"_a, "weight"_a, "bias"_a, "running_mean"_a, "running_var"_a,
-        py::arg("counter").noconvert(), "momentum"_a, "eps"_a, "activation"_a);
+        py::arg("counter").noconvert(), "training"_a, "momentum"_a, "eps"_a, "activation"_a, "residual"_a,
+        "keeps_mask"_a);
   m.def("first_negative", &first_negative, "values"_a);
   m.def("normalization", &normalization, "like"_a, "mean"_a, "var"_a, "weight"_a, "bias"_a, "eps"_a);
-  m.def("elemt", &elemt, "x"_a, "y"_a, "axis"_a, "normalization"_a, "activation"_a);
-  m.def("backward", &backward, "dy"_a, "x"_a, "dx"_a, "axis"_a, "normalization"_a, "activation"_a, "training"_a);
-  m.def("backward_reduce", &backward_reduce, "dy"_a, "x"_a, "axis"_a, "normalization"_a, "activation"_a);
-  m.def("backward_elemt", &backward_elemt, "dy"_a, "x"_a, "dx"_a, "axis"_a, "normalization"_a, "activation"_a,
-        "sums"_a);
+  m.def("elemt", &elemt, "x"_a, "y"_a, "axis"_a, "normalization"_a, "activation"_a, "residual"_a);
+  m.def("backward", &backward, "dy"_a, "x"_a, "dx"_a, "dresidual"_a, "axis"_a, "normalization"_a, "activation"_a,
+        "residual"_a, "mask"_a, "training"_a);
+  m.def("backward_reduce", &backward_reduce, "dy"_a, "x"_a, "axis"_a, "normalization"_a, "activation"_a, "residual"_a,
+        "mask"_a);
+  m.def("backward_elemt", &backward_elemt, "dy"_a, "x"_a, "dx"_a, "dresidual"_a, "axis"_a, "normalization"_a,
+        "activation"_a, "residual"_a, "mask"_a, "sums"_a);
   m.def("empty_like", &empty_like, "x"_a);
   m.def("copy", &copy, "source"_a, "target"_a);
 

@@ -4,12 +4,21 @@
 
 namespace pybn {
 
-extern const InstructionSet instruction_set_baseline;
+// Defined by kernels_isa.cpp, once per set and type.
+#define PYBN_INSTRUCTION_SET(name)                                                                      \
+  extern const KernelTable<float> float_kernels_##name;                                                 \
+  extern const KernelTable<double> double_kernels_##name;                                               \
+  extern const KernelTable<Float16> Float16_kernels_##name;                                             \
+  extern const KernelTable<BFloat16> BFloat16_kernels_##name;                                           \
+  const InstructionSet name{#name, float_kernels_##name, double_kernels_##name, Float16_kernels_##name, \
+                            BFloat16_kernels_##name};
+
+PYBN_INSTRUCTION_SET(baseline)
 #if defined(PYBN_HAVE_AVX2)
-extern const InstructionSet instruction_set_avx2;
+PYBN_INSTRUCTION_SET(avx2)
 #endif
 #if defined(PYBN_HAVE_AVX512)
-extern const InstructionSet instruction_set_avx512;
+PYBN_INSTRUCTION_SET(avx512)
 #endif
 
 namespace {
@@ -21,12 +30,13 @@ std::vector<const InstructionSet*> detect() {
 #if defined(PYBN_HAVE_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma"))
-    sets.push_back(&instruction_set_avx512);
+    sets.push_back(&avx512);
 #endif
 #if defined(PYBN_HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&instruction_set_avx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    sets.push_back(&avx2);
 #endif
-  sets.push_back(&instruction_set_baseline);
+  sets.push_back(&baseline);
   return sets;
 }
 

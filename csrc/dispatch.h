@@ -28,5 +28,13 @@ template <>
 inline const KernelTable<double>& kernels<double>() {
   return instruction_set().float64;
 }
+template <>
+inline const KernelTable<Float16>& kernels<Float16>() {
+  return instruction_set().float16;
+}
+template <>
+inline const KernelTable<BFloat16>& kernels<BFloat16>() {
+  return instruction_set().bfloat16;
+}
 
 }  // namespace pybn

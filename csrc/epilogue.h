@@ -1,33 +1,173 @@
-// What happens to z = (x - mean) * scale + shift before it is stored: one functor per activation.
+// Activations: what happens to z = (x - mean) * scale + shift (+ residual) before it is stored, and to the gradient of
+// the output on its way back.
 //
 // `backward` turns the gradient of the output into the gradient of z, given z recomputed with the same operations, and
-// so the same bits, as in the forward pass. NaN passes through both, as in PyTorch.
+// so the same bits, as in the forward pass. NaN passes through both, as in PyTorch; so do the values at the kinks.
 #pragma once
+
+#include "kernel_table.h"
+#include "simd.h"
 
 namespace pybn {
 namespace {
 
+template <class V>
+PYBN_INLINE V constant(double value) {
+  V v{};
+  return v + static_cast<decltype(v[0] + 0)>(value);
+}
+
+// exp(x) for x <= 0, within 2 ULP: x = n * ln 2 + r, and Taylor's polynomial of r. Results below the smallest normal
+// number are 0.
+template <class A>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  static constexpr int kMantissa = 23, kDegree = 7;
+  static constexpr double kRound = 12582912.0 /* 1.5 * 2^23 */, kLeast = -87.33;
+  static constexpr double kLn2Hi = 0.693359375, kLn2Lo = -2.12194440054690583e-4;
+  static constexpr std::int32_t kOne = 0x3f800000;
+};
+template <>
+struct ExpConstants<double> {
+  static constexpr int kMantissa = 52, kDegree = 13;
+  static constexpr double kRound = 6755399441055744.0 /* 1.5 * 2^52 */, kLeast = -708.39;
+  static constexpr double kLn2Hi = 0.693145751953125, kLn2Lo = 1.42860682030941723212e-6;
+  static constexpr std::int64_t kOne = 0x3ff0000000000000;
+};
+constexpr double kInverseFactorial[] = {
+    1,         1,          1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,
+    1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
+
+template <int N, class A>
+PYBN_INLINE Vec<A, N> exp_of_negative(Vec<A, N> x) {
+  using V = Vec<A, N>;
+  using C = ExpConstants<A>;
+  const V rounded = fma(x, constant<V>(1.44269504088896340736), constant<V>(C::kRound));
+  const V n = rounded - constant<V>(C::kRound);
+  const V r = fma(n, constant<V>(-C::kLn2Lo), fma(n, constant<V>(-C::kLn2Hi), x));
+  V p = constant<V>(kInverseFactorial[C::kDegree]);
+  for (int k = C::kDegree - 1; k >= 0; --k) p = fma(p, r, constant<V>(kInverseFactorial[k]));
+  const V power = (V)(((Ints<A, N>)rounded << C::kMantissa) + C::kOne);  // 2^n: n is in the low bits of `rounded`
+  return x < constant<V>(C::kLeast) ? V{} : p * power;
+}
+
+// 1 / (1 + exp(-z)) and its complement, neither of which cancels.
+template <class V>
+struct Sigmoid {
+  V of_z, of_minus_z;
+};
+template <int N, class A>
+PYBN_INLINE Sigmoid<Vec<A, N>> sigmoid(Vec<A, N> z) {
+  using V = Vec<A, N>;
+  const V e = exp_of_negative<N, A>(z < V{} ? z : -z);
+  const V larger = 1 / (1 + e), smaller = e * larger;
+  return {z < V{} ? smaller : larger, z < V{} ? larger : smaller};
+}
+
 struct Identity {
-  static constexpr bool kReadsZ = false;
-  template <class V>
-  static PYBN_INLINE V forward(V z) {
+  static constexpr bool kReadsZ = false, kReadsResidual = false, kReadsMask = false;
+  template <class T>
+  PYBN_INLINE explicit Identity(const Fusion<T>&) {}
+
+  template <int N, class A>
+  PYBN_INLINE Vec<A, N> forward(Vec<A, N> z) const {
     return z;
   }
-  template <class V>
-  static PYBN_INLINE V backward(V, V dy) {
+  template <int N, class A>
+  PYBN_INLINE Vec<A, N> backward(Vec<A, N>, Vec<A, N> dy) const {
     return dy;
   }
 };
 
 struct Relu {
-  static constexpr bool kReadsZ = true;
-  template <class V>
-  static PYBN_INLINE V forward(V z) {
-    return z < V{} ? V{} : z;
+  static constexpr bool kReadsZ = true, kReadsResidual = false, kReadsMask = false;
+  template <class T>
+  PYBN_INLINE explicit Relu(const Fusion<T>&) {}
+
+  template <int N, class A>
+  PYBN_INLINE Vec<A, N> forward(Vec<A, N> z) const {
+    return z < Vec<A, N>{} ? Vec<A, N>{} : z;
   }
-  template <class V>
-  static PYBN_INLINE V backward(V z, V dy) {
-    return z <= V{} ? V{} : dy;
+  // Where the gradient passes whole; elsewhere it is 0.
+  template <int N, class A>
+  PYBN_INLINE Ints<A, N> passes(Vec<A, N> z) const {
+    return ~(z <= Vec<A, N>{});
+  }
+  template <int N, class A>
+  PYBN_INLINE Vec<A, N> backward(Vec<A, N> z, Vec<A, N> dy) const {
+    return z <= Vec<A, N>{} ? Vec<A, N>{} : dy;
+  }
+};
+
+// The backward pass of relu, relu6 and leaky_relu from the mask that the forward pass wrote.
+struct Masked {
+  static constexpr bool kReadsZ = false, kReadsResidual = false, kReadsMask = true;
+  bool is_leaky;
+  double negative_slope;
+  template <class T>
+  PYBN_INLINE explicit Masked(const Fusion<T>& fusion)
+      : is_leaky(fusion.activation == Activation::leaky_relu), negative_slope(fusion.negative_slope) {}
+
+  template <int N, class A>
+  PYBN_INLINE Vec<A, N> backward_masked(Ints<A, N> passes, Vec<A, N> dy) const {
+    if (is_leaky) return passes ? dy : dy * constant<Vec<A, N>>(negative_slope);
+    return passes ? dy : Vec<A, N>{};
+  }
+};
+
+// The other activations, told apart at every vector: the branch always goes the same way, and a loop of its own for
+// each would double the size of the library.
+template <bool kWithResidual>
+struct Other {
+  static constexpr bool kReadsZ = true, kReadsResidual = kWithResidual, kReadsMask = false;
+  Activation activation;
+  double negative_slope;
+  template <class T>
+  PYBN_INLINE explicit Other(const Fusion<T>& fusion)
+      : activation(fusion.activation), negative_slope(fusion.negative_slope) {}
+
+  template <int N, class A>
+  PYBN_INLINE Vec<A, N> forward(Vec<A, N> z) const {
+    using V = Vec<A, N>;
+    switch (activation) {
+      case Activation::relu6:
+        return z < V{} ? V{} : z > constant<V>(6) ? constant<V>(6) : z;
+      case Activation::leaky_relu:
+        return z < V{} ? z * constant<V>(negative_slope) : z;
+      case Activation::silu:
+        return z * sigmoid<N, A>(z).of_z;
+      case Activation::hardswish: {
+        const V t = z + 3;
+        return z * (t < V{} ? V{} : t > constant<V>(6) ? constant<V>(6) : t) * constant<V>(1. / 6);
+      }
+      default:
+        return z < V{} ? V{} : z;
+    }
+  }
+  template <int N, class A>
+  PYBN_INLINE Ints<A, N> passes(Vec<A, N> z) const {
+    using V = Vec<A, N>;
+    if (activation == Activation::relu6) return ~((z <= V{}) | (z >= constant<V>(6)));
+    return z > V{};  // leaky_relu
+  }
+  template <int N, class A>
+  PYBN_INLINE Vec<A, N> backward(Vec<A, N> z, Vec<A, N> dy) const {
+    using V = Vec<A, N>;
+    switch (activation) {
+      case Activation::relu6:
+        return z <= V{} ? V{} : z >= constant<V>(6) ? V{} : dy;
+      case Activation::leaky_relu:
+        return z > V{} ? dy : dy * constant<V>(negative_slope);
+      case Activation::silu: {
+        const Sigmoid<V> s = sigmoid<N, A>(z);
+        return dy * (s.of_z * fma(z, s.of_minus_z, constant<V>(1)));
+      }
+      case Activation::hardswish:
+        return z <= constant<V>(-3) ? V{} : z < constant<V>(3) ? dy * fma(z, constant<V>(1. / 3), constant<V>(.5)) : dy;
+      default:
+        return z <= V{} ? V{} : dy;
+    }
   }
 };
 

@@ -10,12 +10,18 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "dtypes.h"
+
 namespace pybn {
 
 // Neighbouring channels whose accumulators a kernel keeps in L1 together, while it reads their planes in memory order.
 constexpr std::size_t kGroup = 64;
 
-enum class Activation : int { none, relu };
+// Rows of fewer channels are taken several at a time, so that no step is left with a part of a vector. A tile of rows
+// has all channels then.
+constexpr std::size_t kFewChannels = 64;
+
+enum class Activation : int { none, relu, relu6, leaky_relu, silu, hardswish };
 
 struct Block {
   std::size_t outer, channels, inner;
@@ -23,47 +29,76 @@ struct Block {
 
 template <class T>
 struct Operand {
-  T* data;
-  std::ptrdiff_t outer_stride, channel_stride;
+  T* data = nullptr;
+  std::ptrdiff_t outer_stride = 0, channel_stride = 0;
 
-  T* at(std::size_t outer, std::size_t channel, std::size_t inner) const {
+  PYBN_INLINE explicit operator bool() const { return data != nullptr; }
+  PYBN_INLINE T* at(std::size_t outer, std::size_t channel, std::size_t inner) const {
     return data + static_cast<std::ptrdiff_t>(outer) * outer_stride +
            static_cast<std::ptrdiff_t>(channel) * channel_stride + static_cast<std::ptrdiff_t>(inner);
   }
+};
+
+// One bit per value: whether the activation passes its gradient on whole. The bits of a plane, or of a row, begin with
+// a byte of their own.
+constexpr std::size_t kMaskValues = 8;
+struct Mask {
+  std::uint8_t* data = nullptr;
+  std::ptrdiff_t outer_stride = 0, plane_stride = 0;  // in bytes; rows have no planes
+
+  PYBN_INLINE explicit operator bool() const { return data != nullptr; }
+  PYBN_INLINE std::uint8_t* at(std::size_t outer, std::size_t plane) const {
+    return data + static_cast<std::ptrdiff_t>(outer) * outer_stride + static_cast<std::ptrdiff_t>(plane) * plane_stride;
+  }
+};
+
+// What follows the map: y = activation(z + residual).
+//
+// The backward pass needs the sign of z + residual. It recomputes z from x, which it reads in any case; with a residual
+// a mask of one bit per value is the lesser traffic, and the forward pass writes it if `mask` is there. Activations
+// whose gradient is more than a choice of two slopes read the residual again.
+template <class T>
+struct Fusion {
+  Activation activation = Activation::none;
+  double negative_slope = 0;
+  Operand<const T> residual;
+  Mask mask;
 };
 
 // z = ((x - center_hi) - center_lo) * scale + shift, one value per channel.
 //
 // The centre is the mean in two parts: x * scale + (bias - mean * scale), the cheaper form, loses the result when
 // |mean| >> std (float32 error 0.18 at mean 1e7, std 1), and so does a mean rounded to float32 (0.5).
-template <class T>
+template <class A>
 struct Affine {
-  const T *center_hi, *center_lo, *scale, *shift;
+  const A *center_hi, *center_lo, *scale, *shift;
 
-  Affine from(std::size_t c) const { return {center_hi + c, center_lo + c, scale + c, shift + c}; }
+  PYBN_INLINE Affine from(std::size_t c) const { return {center_hi + c, center_lo + c, scale + c, shift + c}; }
 };
 
-// dx = (dy - mean_dy + (x - mean) * slope) * scale with the scale of the Affine, one value per channel.
-template <class T>
+// dx = (dz - mean_dy + (x - mean) * slope) * scale with the scale of the Affine, one value per channel.
+template <class A>
 struct GradientAffine {
-  const T *mean_dy, *slope;
+  const A *mean_dy, *slope;
 
-  GradientAffine from(std::size_t c) const { return {mean_dy + c, slope + c}; }
+  PYBN_INLINE GradientAffine from(std::size_t c) const { return {mean_dy + c, slope + c}; }
 };
 
 template <class T>
 struct Kernels {
+  using A = Arithmetic<T>;
+
   // Sums of x - shift and of (x - shift)^2 of each channel; channel c's shift is shift[c * x.channel_stride].
   void (*stats)(Block, Operand<const T> x, const T* shift, double* sum, double* squares) noexcept;
-  // y = activation(affine(x))
-  void (*elemt)(Block, Operand<const T> x, Operand<T> y, Affine<T>, Activation) noexcept;
+  // y = activation(affine(x) + residual)
+  void (*elemt)(Block, Operand<const T> x, Operand<T> y, Affine<A>, const Fusion<T>&) noexcept;
   // Sums of dz and of (x - mean) * dz of each channel, dz being dy passed back through the activation.
-  void (*backward_reduce)(Block, Operand<const T> dy, Operand<const T> x, const double* mean, Affine<T>, Activation,
-                          double* sum_dy, double* sum_dy_xmu) noexcept;
+  void (*backward_reduce)(Block, Operand<const T> dy, Operand<const T> x, const double* mean, Affine<A>,
+                          const Fusion<T>&, double* sum_dy, double* sum_dy_xmu) noexcept;
   // With a gradient affine (training) dx depends on x through the statistics; without one (evaluation) dx = dz * scale,
-  // and x is read only if the activation needs it.
-  void (*backward_elemt)(Block, Operand<const T> dy, Operand<const T> x, Operand<T> dx, Affine<T>,
-                         const GradientAffine<T>*, Activation) noexcept;
+  // and x is read only if the activation needs it. dresidual, if it is there, becomes dz.
+  void (*backward_elemt)(Block, Operand<const T> dy, Operand<const T> x, Operand<T> dx, Operand<T> dresidual, Affine<A>,
+                         const GradientAffine<A>*, const Fusion<T>&) noexcept;
 };
 
 template <class T>
@@ -73,8 +108,10 @@ struct KernelTable {
 
 struct InstructionSet {
   const char* name;
-  KernelTable<float> float32;
-  KernelTable<double> float64;
+  const KernelTable<float>& float32;
+  const KernelTable<double>& float64;
+  const KernelTable<Float16>& float16;
+  const KernelTable<BFloat16>& bfloat16;
 };
 
 }  // namespace pybn

@@ -1,60 +1,79 @@
-// One instruction set's table of kernels. CMake compiles this file once per set, with the set's flags and PYBN_ISA, its
-// name.
+// The kernels of one instruction set for one type of data. CMake compiles this file once for each pair, with the set's
+// flags, PYBN_ISA, its name, and PYBN_TYPE, the type.
+#include "few_channels.h"
 #include "kernels.h"
 
 namespace pybn {
 namespace {
 
-// Turns the activation, a run-time value, into a template parameter.
-template <class F>
-PYBN_INLINE void with_activation(Activation activation, F f) {
-  switch (activation) {
-    case Activation::none:
-      return f(Identity{});
-    case Activation::relu:
-      return f(Relu{});
-  }
+// Calls f with a Kind<Act>: turns the fusion, a run-time value, into a template parameter. Activations without loops of
+// their own share those of Other.
+template <class Act>
+struct Kind {
+  using type = Act;
+};
+template <class T, class F>
+PYBN_INLINE void with_forward(const Fusion<T>& fusion, F f) {
+  if (fusion.activation == Activation::none) return f(Kind<Identity>{});
+  if (fusion.activation == Activation::relu) return f(Kind<Relu>{});
+  return f(Kind<Other<false>>{});
+}
+template <class T, class F>
+PYBN_INLINE void with_backward(const Fusion<T>& fusion, F f) {
+  if (fusion.activation == Activation::none) return f(Kind<Identity>{});
+  if (fusion.mask) return f(Kind<Masked>{});
+  if (fusion.residual) return f(Kind<Other<true>>{});
+  if (fusion.activation == Activation::relu) return f(Kind<Relu>{});
+  return f(Kind<Other<false>>{});
 }
 
 template <class Layout, class T>
 struct Entry {
-  static void elemt(Block block, Operand<const T> x, Operand<T> y, Affine<T> affine, Activation activation) noexcept {
-    with_activation(activation, [&](auto act) { Layout::template elemt<decltype(act), T>(block, x, y, affine); });
+  using A = Arithmetic<T>;
+
+  static void stats(Block block, Operand<const T> x, const T* shift, double* sum, double* squares) noexcept {
+    Layout::stats(block, x, shift, sum, squares);
+  }
+
+  static void elemt(Block block, Operand<const T> x, Operand<T> y, Affine<A> affine, const Fusion<T>& fusion) noexcept {
+    with_forward(fusion, [&](auto kind) {
+      using Act = typename decltype(kind)::type;
+      if (fusion.residual)
+        Layout::template elemt<Act, true>(block, x, y, affine, fusion);
+      else
+        Layout::template elemt<Act, false>(block, x, y, affine, fusion);
+    });
   }
 
   static void backward_reduce(Block block, Operand<const T> dy, Operand<const T> x, const double* mean,
-                              Affine<T> affine, Activation activation, double* sum_dy, double* sum_dy_xmu) noexcept {
-    with_activation(activation, [&](auto act) {
-      Layout::template backward_reduce<decltype(act), T>(block, dy, x, mean, affine, sum_dy, sum_dy_xmu);
+                              Affine<A> affine, const Fusion<T>& fusion, double* sum_dy, double* sum_dy_xmu) noexcept {
+    with_backward(fusion, [&](auto kind) {
+      using Act = typename decltype(kind)::type;
+      Layout::template backward_reduce<Act>(block, dy, x, mean, affine, fusion, sum_dy, sum_dy_xmu);
     });
   }
 
-  static void backward_elemt(Block block, Operand<const T> dy, Operand<const T> x, Operand<T> dx, Affine<T> affine,
-                             const GradientAffine<T>* gradient, Activation activation) noexcept {
-    with_activation(activation, [&](auto act) {
+  static void backward_elemt(Block block, Operand<const T> dy, Operand<const T> x, Operand<T> dx, Operand<T> dresidual,
+                             Affine<A> affine, const GradientAffine<A>* gradient, const Fusion<T>& fusion) noexcept {
+    with_backward(fusion, [&](auto kind) {
+      using Act = typename decltype(kind)::type;
       if (gradient)
-        Layout::template backward_elemt<decltype(act), true, T>(block, dy, x, dx, affine, gradient);
+        Layout::template backward_elemt<Act, true>(block, dy, x, dx, dresidual, affine, gradient, fusion);
       else
-        Layout::template backward_elemt<decltype(act), false, T>(block, dy, x, dx, affine, gradient);
+        Layout::template backward_elemt<Act, false>(block, dy, x, dx, dresidual, affine, gradient, fusion);
     });
   }
 
-  static constexpr Kernels<T> table() { return {Layout::template stats<T>, elemt, backward_reduce, backward_elemt}; }
+  static constexpr Kernels<T> kernels() { return {stats, elemt, backward_reduce, backward_elemt}; }
 };
-
-template <class T>
-constexpr KernelTable<T> tables() {
-  return {Entry<Planes, T>::table(), Entry<Rows, T>::table()};
-}
 
 }  // namespace
 
-#define PYBN_STRINGIFY(x) #x
-#define PYBN_STRING(x) PYBN_STRINGIFY(x)
 #define PYBN_CONCATENATE(a, b) a##b
 #define PYBN_JOIN(a, b) PYBN_CONCATENATE(a, b)
 
-extern const InstructionSet PYBN_JOIN(instruction_set_, PYBN_ISA);
-const InstructionSet PYBN_JOIN(instruction_set_, PYBN_ISA) = {PYBN_STRING(PYBN_ISA), tables<float>(), tables<double>()};
+extern const KernelTable<PYBN_TYPE> PYBN_JOIN(PYBN_TYPE, PYBN_JOIN(_kernels_, PYBN_ISA));
+const KernelTable<PYBN_TYPE> PYBN_JOIN(PYBN_TYPE, PYBN_JOIN(_kernels_, PYBN_ISA)) = {
+    Entry<Planes, PYBN_TYPE>::kernels(), Entry<RowsOfAnyLength, PYBN_TYPE>::kernels()};
 
 }  // namespace pybn

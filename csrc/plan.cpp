@@ -96,11 +96,10 @@ Plan plan_reduction_and_application(const Extents& e, std::size_t bytes_per_valu
   // way and 2.1 with the slabs shared.
   const std::size_t fitting = l2_bytes() * 4 / 5 / (e.per_channel() * bytes_per_value);
   std::size_t group = std::min(fitting, e.channels / tasks);
-  if (e.is_rows())
-    group = group / kRowRun * kRowRun;
-  else
+  if (!e.is_rows()) {
     group = std::min({group, ceil_div(kRunBytes, e.inner * bytes_per_value), kGroup});
-  if (group > 0) return {partition, group, group, true, threads};
+    if (group > 0) return {partition, group, group, true, threads};
+  }
 
   // Otherwise the threads share a wave of channels, as few as keep them all busy.
   group = shared_group(partition, bytes_per_value, threads);
@@ -116,7 +115,8 @@ Plan plan_reduction(const Extents& e, std::size_t bytes_per_value) {
 
 Plan plan_application(const Extents& e, std::size_t bytes_per_value) {
   const int threads = threads_for(e, bytes_per_value);
-  const std::size_t values = kApplicationBytes / bytes_per_value;
+  // Whole bytes of a mask, in planes and in rows.
+  const std::size_t values = kApplicationBytes / bytes_per_value / kMaskValues * kMaskValues;
   const std::size_t inner_step = std::min(e.inner, values);
   const std::size_t group = std::clamp<std::size_t>(values / inner_step, 1, e.channels);
   const std::size_t outer_step = std::max<std::size_t>(1, values / (inner_step * group));

@@ -23,20 +23,46 @@ struct Partition {
   std::size_t segments() const { return outer_count() * inner_count(); }
 };
 
-// One task: a segment of some neighbouring channels.
+// One task: a segment of some neighbouring channels. Where it cuts a plane, or a row, it does so between bytes of a
+// mask.
 struct Tile {
   std::size_t outer, channel, inner;  // where it begins
   Block block;
 
-  // The operand's part of this tile.
+  // The part of an operand, or of what follows the map, that belongs to this tile; nothing of nothing.
   template <class T>
   Operand<T> of(const Operand<T>& operand) const {
+    if (!operand) return {};
     return {operand.at(outer, channel, inner), operand.outer_stride, operand.channel_stride};
   }
-  // The same, its outer axis reversed: what a reduction read last is read first, while it is still in the cache.
+  Mask of(const Mask& mask) const {
+    if (!mask) return {};
+    const bool is_rows = mask.plane_stride == 0;
+    return {mask.at(outer, channel) + (is_rows ? channel : inner) / kMaskValues, mask.outer_stride, mask.plane_stride};
+  }
+  template <class T>
+  Fusion<T> of(const Fusion<T>& fusion) const {
+    return {fusion.activation, fusion.negative_slope, of(fusion.residual), of(fusion.mask)};
+  }
+
+  // The same, its outer axis reversed: what a reduction read last is read first, while it is still in the cache. Rows
+  // are cut into tiles that stay there whole.
   template <class T>
   Operand<T> reversed(const Operand<T>& operand) const {
-    return {operand.at(outer + block.outer - 1, channel, inner), -operand.outer_stride, operand.channel_stride};
+    return flipped(of(operand));
+  }
+  template <class T>
+  Fusion<T> reversed(const Fusion<T>& fusion) const {
+    return {fusion.activation, fusion.negative_slope, flipped(of(fusion.residual)), flipped(of(fusion.mask))};
+  }
+
+ private:
+  template <class Strided>
+  Strided flipped(Strided part) const {
+    if (block.inner == 1) return part;
+    part.data += static_cast<std::ptrdiff_t>(block.outer - 1) * part.outer_stride;
+    part.outer_stride = -part.outer_stride;
+    return part;
   }
 };
 

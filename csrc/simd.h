@@ -1,10 +1,10 @@
 // The vector type the leaf loops are written in.
 //
 // GCC and Clang vector extensions give arithmetic, comparison and selection for every target; what they lack (fused
-// multiply-add, loads and stores of the first n lanes) is a few overloads per instruction set below. This file is
-// compiled once per instruction set, so it includes nothing but fixed-width integers and intrinsics, and everything in
-// it has internal linkage: an inline function shared between two sets could be merged by the linker into its AVX-512
-// copy and crash an older CPU.
+// multiply-add, conversions of half types, loads and stores of the first n lanes) is a few overloads per instruction
+// set below. This file is compiled once per instruction set, so it includes nothing but fixed-width integers and
+// intrinsics, and everything in it has internal linkage: an inline function shared between two sets could be merged by
+// the linker into its AVX-512 copy and crash an older CPU.
 #pragma once
 
 #include <cstddef>
@@ -12,11 +12,13 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
-#define PYBN_INLINE inline __attribute__((always_inline))
+#include "dtypes.h"
 
 // Needed where a lambda only prefetches: GCC takes such a function for one without effect and drops calls that are not
 // inlined at once.
@@ -32,27 +34,43 @@ struct VectorOf {
 template <class T, int N>
 using Vec = typename VectorOf<T, N>::type;
 
-// Doubles per step of a reduction, bytes per step of an application. AVX-512 applies 32 bytes at a time: NumPy's large
-// arrays lie 16 bytes off a cache line, so every 64-byte access would touch two lines (measured 7 to 25 % slower). The
-// baseline takes two registers for four doubles, so that four floats fill one.
+// The signed integer as wide as a lane: what comparisons give, -1 for true.
+template <class A>
+struct LaneInt;
+template <>
+struct LaneInt<float> {
+  using type = std::int32_t;
+};
+template <>
+struct LaneInt<double> {
+  using type = std::int64_t;
+};
+template <class A, int N>
+using Ints = Vec<typename LaneInt<A>::type, N>;
+
+// Doubles per step of a reduction.
 #if defined(__AVX512F__)
 constexpr int kDoubles = 8;
-constexpr int kApplicationBytes = 32;
-#elif defined(__AVX2__)
-constexpr int kDoubles = 4;
-constexpr int kApplicationBytes = 32;
 #else
 constexpr int kDoubles = 4;
+#endif
+
+// Values per step of an application, as many as fill a register with what they are computed with. AVX-512 could take 64
+// bytes, but NumPy's large arrays lie 16 bytes off a cache line, so that every 64-byte access would touch two lines
+// (measured 7 to 25 % slower).
+#if defined(__AVX2__)
+constexpr int kApplicationBytes = 32;
+#else
 constexpr int kApplicationBytes = 16;
 #endif
 template <class T>
-constexpr int kLanes = kApplicationBytes / sizeof(T);
+constexpr int kLanes = kApplicationBytes / sizeof(Arithmetic<T>);
 
 using Doubles = Vec<double, kDoubles>;
 
-template <int N, class T>
-PYBN_INLINE Vec<T, N> broadcast(T value) {
-  return value - Vec<T, N>{};  // not "+": -0.0 + 0.0 would lose the sign
+template <int N, class A>
+PYBN_INLINE Vec<A, N> broadcast(A value) {
+  return value - Vec<A, N>{};  // not "+": -0.0 + 0.0 would lose the sign
 }
 
 // Not __builtin_convertvector where a register's worth is converted: GCC 12 does that in halves and joins them.
@@ -69,120 +87,10 @@ PYBN_INLINE Doubles widen(Vec<float, kDoubles> v) {
 #endif
 }
 
-// Loads and stores of the first `count` lanes, 0 < count < N; the lanes beyond are `fill` and their memory is not
-// touched.
-template <int N, class T>
-struct Partial {
-  static PYBN_INLINE Vec<T, N> load(const T* from, std::size_t count, Vec<T, N> fill) {
-    T lanes[N];
-    __builtin_memcpy(lanes, &fill, sizeof lanes);
-    for (std::size_t i = 0; i < count; ++i) lanes[i] = from[i];
-    Vec<T, N> v;
-    __builtin_memcpy(&v, lanes, sizeof v);
-    return v;
-  }
-  static PYBN_INLINE void store(T* to, std::size_t count, Vec<T, N> v) {
-    T lanes[N];
-    __builtin_memcpy(lanes, &v, sizeof lanes);
-    for (std::size_t i = 0; i < count; ++i) to[i] = lanes[i];
-  }
-};
-
 template <class V>
 PYBN_INLINE V fma(V a, V b, V c) {
   return a * b + c;  // a set without the instruction; -ffp-contract=off keeps it two roundings everywhere
 }
-
-#if defined(__AVX512F__)
-
-PYBN_INLINE __mmask8 first_lanes(std::size_t count) {
-  return static_cast<__mmask8>((1u << count) - 1u);
-}
-
-template <>
-struct Partial<8, float> {
-  static PYBN_INLINE Vec<float, 8> load(const float* from, std::size_t count, Vec<float, 8> fill) {
-    return (Vec<float, 8>)_mm256_mask_loadu_ps((__m256)fill, first_lanes(count), from);
-  }
-  static PYBN_INLINE void store(float* to, std::size_t count, Vec<float, 8> v) {
-    _mm256_mask_storeu_ps(to, first_lanes(count), (__m256)v);
-  }
-};
-template <>
-struct Partial<4, double> {
-  static PYBN_INLINE Vec<double, 4> load(const double* from, std::size_t count, Vec<double, 4> fill) {
-    return (Vec<double, 4>)_mm256_mask_loadu_pd((__m256d)fill, first_lanes(count), from);
-  }
-  static PYBN_INLINE void store(double* to, std::size_t count, Vec<double, 4> v) {
-    _mm256_mask_storeu_pd(to, first_lanes(count), (__m256d)v);
-  }
-};
-template <>
-struct Partial<8, double> {
-  static PYBN_INLINE Vec<double, 8> load(const double* from, std::size_t count, Vec<double, 8> fill) {
-    return (Vec<double, 8>)_mm512_mask_loadu_pd((__m512d)fill, first_lanes(count), from);
-  }
-  static PYBN_INLINE void store(double* to, std::size_t count, Vec<double, 8> v) {
-    _mm512_mask_storeu_pd(to, first_lanes(count), (__m512d)v);
-  }
-};
-
-PYBN_INLINE Vec<double, 8> fma(Vec<double, 8> a, Vec<double, 8> b, Vec<double, 8> c) {
-  return (Vec<double, 8>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-}
-
-#elif defined(__AVX2__)
-
-// A mask of `count` set lanes is read from the middle of this table.
-alignas(64) constexpr std::int32_t kMask32[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
-
-PYBN_INLINE __m256i first_lanes_256(std::size_t count) {
-  return _mm256_loadu_si256((const __m256i*)(kMask32 + 8 - count));
-}
-
-template <>
-struct Partial<8, float> {
-  static PYBN_INLINE Vec<float, 8> load(const float* from, std::size_t count, Vec<float, 8> fill) {
-    const __m256i mask = first_lanes_256(count);
-    return (Vec<float, 8>)_mm256_blendv_ps((__m256)fill, _mm256_maskload_ps(from, mask), (__m256)mask);
-  }
-  static PYBN_INLINE void store(float* to, std::size_t count, Vec<float, 8> v) {
-    _mm256_maskstore_ps(to, first_lanes_256(count), (__m256)v);
-  }
-};
-template <>
-struct Partial<4, float> {
-  static PYBN_INLINE Vec<float, 4> load(const float* from, std::size_t count, Vec<float, 4> fill) {
-    const __m128i mask = _mm_loadu_si128((const __m128i*)(kMask32 + 8 - count));
-    return (Vec<float, 4>)_mm_blendv_ps((__m128)fill, _mm_maskload_ps(from, mask), (__m128)mask);
-  }
-};
-template <>
-struct Partial<4, double> {
-  static PYBN_INLINE Vec<double, 4> load(const double* from, std::size_t count, Vec<double, 4> fill) {
-    const __m256i mask = first_lanes_256(2 * count);
-    return (Vec<double, 4>)_mm256_blendv_pd((__m256d)fill, _mm256_maskload_pd(from, mask), (__m256d)mask);
-  }
-  static PYBN_INLINE void store(double* to, std::size_t count, Vec<double, 4> v) {
-    _mm256_maskstore_pd(to, first_lanes_256(2 * count), (__m256d)v);
-  }
-};
-
-#elif defined(__aarch64__)
-
-PYBN_INLINE Vec<float, 4> fma(Vec<float, 4> a, Vec<float, 4> b, Vec<float, 4> c) {
-  return (Vec<float, 4>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
-}
-PYBN_INLINE Vec<double, 2> fma(Vec<double, 2> a, Vec<double, 2> b, Vec<double, 2> c) {
-  return (Vec<double, 2>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
-}
-PYBN_INLINE Vec<double, 4> fma(Vec<double, 4> a, Vec<double, 4> b, Vec<double, 4> c) {
-  Vec<double, 4> r;
-  for (int i = 0; i < 4; ++i) r[i] = __builtin_fma(a[i], b[i], c[i]);
-  return r;
-}
-
-#endif
 
 #if defined(__AVX2__)
 PYBN_INLINE Vec<float, 8> fma(Vec<float, 8> a, Vec<float, 8> b, Vec<float, 8> c) {
@@ -195,33 +103,310 @@ PYBN_INLINE Vec<double, 4> fma(Vec<double, 4> a, Vec<double, 4> b, Vec<double, 4
   return (Vec<double, 4>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 }
 #endif
+#if defined(__AVX512F__)
+PYBN_INLINE Vec<double, 8> fma(Vec<double, 8> a, Vec<double, 8> b, Vec<double, 8> c) {
+  return (Vec<double, 8>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#endif
+#if defined(__aarch64__)
+PYBN_INLINE Vec<float, 4> fma(Vec<float, 4> a, Vec<float, 4> b, Vec<float, 4> c) {
+  return (Vec<float, 4>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+PYBN_INLINE Vec<float, 8> fma(Vec<float, 8> a, Vec<float, 8> b, Vec<float, 8> c) {
+  Vec<float, 8> r;
+  for (int i = 0; i < 8; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return r;
+}
+PYBN_INLINE Vec<double, 4> fma(Vec<double, 4> a, Vec<double, 4> b, Vec<double, 4> c) {
+  Vec<double, 4> r;
+  for (int i = 0; i < 4; ++i) r[i] = __builtin_fma(a[i], b[i], c[i]);
+  return r;
+}
+#endif
+
+// ---- half types: from 16 bits per lane to float and back, rounded to the nearest, ties to even
+
+template <int N>
+using Bits16 = Vec<std::uint16_t, N>;
+template <int N>
+using Bits32 = Vec<std::uint32_t, N>;
+
+template <class V>
+PYBN_INLINE auto zero_extend(V v) {
+  return __builtin_convertvector(v, Bits32<sizeof(V) / 2>);
+}
+template <class V>
+PYBN_INLINE auto low_halves(V v) {
+  return __builtin_convertvector(v, Bits16<sizeof(V) / 4>);
+}
+#if defined(__AVX2__)  // GCC 12 takes several instructions for each of these
+PYBN_INLINE Bits32<8> zero_extend(Bits16<8> v) {
+  return (Bits32<8>)_mm256_cvtepu16_epi32((__m128i)v);
+}
+PYBN_INLINE Bits16<8> low_halves(Bits32<8> v) {
+#if defined(__AVX512VL__)
+  return (Bits16<8>)_mm256_cvtepi32_epi16((__m256i)v);
+#else
+  const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);  // values are below 65536
+  return (Bits16<8>)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#endif
+}
+#endif
+
+template <class V>
+PYBN_INLINE auto from_bits(V bits, BFloat16) {
+  constexpr int N = sizeof(V) / 2;
+  return (Vec<float, N>)(zero_extend(bits) << 16);
+}
+template <class V>
+PYBN_INLINE auto to_bits(V v, BFloat16) {
+  constexpr int N = sizeof(V) / 4;
+  const Bits32<N> bits = (Bits32<N>)v;
+  const Bits32<N> rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const Bits32<N> quiet_nan = bits | 0x400000;
+  return low_halves((v == v ? rounded : quiet_nan) >> 16);
+}
+
+// Without F16C: exponents are rebiased as integers; subnormals go through one exact float operation, which normalizes
+// or rounds them.
+template <class V>
+PYBN_INLINE auto from_bits(V bits, Float16) {
+  constexpr int N = sizeof(V) / 2;
+  constexpr std::uint32_t kExponent = 0x7c00u << 13, kRebias = (127u - 15u) << 23;
+  const Bits32<N> wide = zero_extend(bits);
+  const Bits32<N> magnitude = (wide & 0x7fff) << 13;
+  const Bits32<N> exponent = magnitude & kExponent;
+  const Bits32<N> normal = magnitude + kRebias;
+  const Bits32<N> special = (magnitude + 2 * kRebias) | (magnitude > kExponent ? Bits32<N>{} + 0x400000 : Bits32<N>{});
+  constexpr std::uint32_t kSmallest = kRebias + (1u << 23);  // 2^-14
+  const Bits32<N> offset = Bits32<N>{} + kSmallest;
+  const Bits32<N> subnormal = (Bits32<N>)((Vec<float, N>)(magnitude + kSmallest) - (Vec<float, N>)offset);
+  const Bits32<N> value = exponent == kExponent ? special : exponent == 0 ? subnormal : normal;
+  return (Vec<float, N>)(value | ((wide & 0x8000) << 16));
+}
+template <class V>
+PYBN_INLINE auto to_bits(V v, Float16) {
+  constexpr int N = sizeof(V) / 4;
+  constexpr std::uint32_t kRebias = (127u - 15u) << 23, kInfinity = 0x7f800000u;
+  const Bits32<N> bits = (Bits32<N>)v;
+  const Bits32<N> magnitude = bits & 0x7fffffff;
+  const Bits32<N> normal = (magnitude - kRebias + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const Bits32<N> offset = Bits32<N>{} + ((127u - 1u) << 23);  // 0.5, whose last place is that of the subnormals
+  const Bits32<N> subnormal = (Bits32<N>)((Vec<float, N>)magnitude + (Vec<float, N>)offset) - offset;
+  const Bits32<N> nan = 0x7e00 | ((magnitude >> 13) & 0x3ff);
+  const Bits32<N> finite = magnitude < kRebias + (1u << 23) ? subnormal : normal;
+  const Bits32<N> infinity = Bits32<N>{} + 0x7c00;
+  const Bits32<N> large = magnitude > kInfinity ? nan : infinity;
+  return low_halves((magnitude >= ((127u + 16u) << 23) ? large : finite) | (bits >> 16 & 0x8000));
+}
+#if defined(__F16C__)
+PYBN_INLINE Vec<float, 8> from_bits(Bits16<8> bits, Float16) {
+  return (Vec<float, 8>)_mm256_cvtph_ps((__m128i)bits);
+}
+PYBN_INLINE Vec<float, 4> from_bits(Bits16<4> bits, Float16) {
+  return (Vec<float, 4>)_mm_cvtph_ps(_mm_cvtsi64_si128((long long)bits));
+}
+PYBN_INLINE Bits16<8> to_bits(Vec<float, 8> v, Float16) {
+  return (Bits16<8>)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+}
+#endif
+
+// ---- loads and stores
+
+// The first `count` lanes, 0 < count < N; the memory of the others is not touched.
+template <int N, class T>
+struct Partial {
+  static PYBN_INLINE Vec<T, N> load(const T* from, std::size_t count) {
+    T lanes[N] = {};
+    for (std::size_t i = 0; i < count; ++i) lanes[i] = from[i];
+    Vec<T, N> v;
+    __builtin_memcpy(&v, lanes, sizeof v);
+    return v;
+  }
+  static PYBN_INLINE void store(T* to, std::size_t count, Vec<T, N> v) {
+    T lanes[N];
+    __builtin_memcpy(lanes, &v, sizeof lanes);
+    for (std::size_t i = 0; i < count; ++i) to[i] = lanes[i];
+  }
+};
+
+#if defined(__AVX512F__)
+
+PYBN_INLINE __mmask8 first_lanes(std::size_t count) {
+  return static_cast<__mmask8>((1u << count) - 1u);
+}
+
+template <>
+struct Partial<8, float> {
+  static PYBN_INLINE Vec<float, 8> load(const float* from, std::size_t count) {
+    return (Vec<float, 8>)_mm256_maskz_loadu_ps(first_lanes(count), from);
+  }
+  static PYBN_INLINE void store(float* to, std::size_t count, Vec<float, 8> v) {
+    _mm256_mask_storeu_ps(to, first_lanes(count), (__m256)v);
+  }
+};
+template <>
+struct Partial<4, double> {
+  static PYBN_INLINE Vec<double, 4> load(const double* from, std::size_t count) {
+    return (Vec<double, 4>)_mm256_maskz_loadu_pd(first_lanes(count), from);
+  }
+  static PYBN_INLINE void store(double* to, std::size_t count, Vec<double, 4> v) {
+    _mm256_mask_storeu_pd(to, first_lanes(count), (__m256d)v);
+  }
+};
+template <>
+struct Partial<8, double> {
+  static PYBN_INLINE Vec<double, 8> load(const double* from, std::size_t count) {
+    return (Vec<double, 8>)_mm512_maskz_loadu_pd(first_lanes(count), from);
+  }
+  static PYBN_INLINE void store(double* to, std::size_t count, Vec<double, 8> v) {
+    _mm512_mask_storeu_pd(to, first_lanes(count), (__m512d)v);
+  }
+};
+template <>
+struct Partial<8, std::uint16_t> {
+  static PYBN_INLINE Bits16<8> load(const std::uint16_t* from, std::size_t count) {
+    return (Bits16<8>)_mm_maskz_loadu_epi16(first_lanes(count), from);
+  }
+  static PYBN_INLINE void store(std::uint16_t* to, std::size_t count, Bits16<8> v) {
+    _mm_mask_storeu_epi16(to, first_lanes(count), (__m128i)v);
+  }
+};
+
+#elif defined(__AVX2__)
+
+// A mask of `count` set lanes is read from the middle of this table.
+alignas(64) constexpr std::int32_t kMask32[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+
+PYBN_INLINE __m256i first_lanes_256(std::size_t count) {
+  return _mm256_loadu_si256((const __m256i*)(kMask32 + 8 - count));
+}
+
+template <>
+struct Partial<8, float> {
+  static PYBN_INLINE Vec<float, 8> load(const float* from, std::size_t count) {
+    return (Vec<float, 8>)_mm256_maskload_ps(from, first_lanes_256(count));
+  }
+  static PYBN_INLINE void store(float* to, std::size_t count, Vec<float, 8> v) {
+    _mm256_maskstore_ps(to, first_lanes_256(count), (__m256)v);
+  }
+};
+template <>
+struct Partial<4, float> {
+  static PYBN_INLINE Vec<float, 4> load(const float* from, std::size_t count) {
+    return (Vec<float, 4>)_mm_maskload_ps(from, _mm_loadu_si128((const __m128i*)(kMask32 + 8 - count)));
+  }
+};
+template <>
+struct Partial<4, double> {
+  static PYBN_INLINE Vec<double, 4> load(const double* from, std::size_t count) {
+    return (Vec<double, 4>)_mm256_maskload_pd(from, first_lanes_256(2 * count));
+  }
+  static PYBN_INLINE void store(double* to, std::size_t count, Vec<double, 4> v) {
+    _mm256_maskstore_pd(to, first_lanes_256(2 * count), (__m256d)v);
+  }
+};
+
+#endif
 
 // How much of a vector a step touches. Loops are written once over this and called with Whole, then with First for the
-// tail.
+// tail. What is loaded is what values are computed with; what is stored is rounded to the type of the data.
 struct Whole {
   template <int N, class T>
-  PYBN_INLINE Vec<T, N> load(const T* from, Vec<T, N> = Vec<T, N>{}) const {
+  PYBN_INLINE Vec<T, N> load_bits(const T* from) const {
     Vec<T, N> v;
     __builtin_memcpy(&v, from, sizeof v);
     return v;
   }
   template <int N, class T>
-  PYBN_INLINE void store(T* to, Vec<T, N> v) const {
+  PYBN_INLINE void store_bits(T* to, Vec<T, N> v) const {
     __builtin_memcpy(to, &v, sizeof v);
+  }
+  template <class V>
+  PYBN_INLINE V or_else(V v, V) const {
+    return v;
   }
 };
 struct First {
   std::size_t count;  // 0 < count < N
 
   template <int N, class T>
-  PYBN_INLINE Vec<T, N> load(const T* from, Vec<T, N> beyond = Vec<T, N>{}) const {
-    return Partial<N, T>::load(from, count, beyond);
+  PYBN_INLINE Vec<T, N> load_bits(const T* from) const {
+    return Partial<N, T>::load(from, count);
   }
   template <int N, class T>
-  PYBN_INLINE void store(T* to, Vec<T, N> v) const {
+  PYBN_INLINE void store_bits(T* to, Vec<T, N> v) const {
     Partial<N, T>::store(to, count, v);
   }
+  // `beyond` in the lanes that were not loaded.
+  PYBN_INLINE Doubles or_else(Doubles v, Doubles beyond) const {
+#if defined(__AVX512F__)
+    return (Doubles)_mm512_mask_mov_pd((__m512d)beyond, first_lanes(count), (__m512d)v);
+#elif defined(__AVX2__)
+    return (Doubles)_mm256_blendv_pd((__m256d)beyond, (__m256d)v, (__m256d)first_lanes_256(2 * count));
+#else
+    Ints<double, kDoubles> lane;
+    for (int i = 0; i < kDoubles; ++i) lane[i] = i;
+    return lane < static_cast<std::int64_t>(count) ? v : beyond;
+#endif
+  }
 };
+
+template <int N, class Lanes, class T>
+PYBN_INLINE Vec<Arithmetic<T>, N> load(Lanes lanes, const T* from) {
+  if constexpr (sizeof(T) == 2)
+    return from_bits(lanes.template load_bits<N>(&from->bits), T{});
+  else
+    return lanes.template load_bits<N>(from);
+}
+template <int N, class Lanes, class T>
+PYBN_INLINE void store(Lanes lanes, T* to, Vec<Arithmetic<T>, N> v) {
+  if constexpr (sizeof(T) == 2)
+    lanes.template store_bits<N>(&to->bits, to_bits(v, T{}));
+  else
+    lanes.template store_bits<N>(to, v);
+}
+
+// All lanes the one value at `from`.
+template <int N, class T>
+PYBN_INLINE Vec<Arithmetic<T>, N> splat(const T* from) {
+  if constexpr (sizeof(T) == 2)
+    return from_bits(Bits16<N>{} + from->bits, T{});
+  else
+    return broadcast<N>(*from);
+}
+
+// ---- lanes
+
+// One bit per lane of a comparison, and back.
+template <class V>
+PYBN_INLINE std::uint32_t bits_of(V lanes) {
+  constexpr int N = sizeof(V) / sizeof(lanes[0]);
+  std::uint32_t bits = 0;
+  for (int i = 0; i < N; ++i) bits |= static_cast<std::uint32_t>(lanes[i] & 1) << i;
+  return bits;
+}
+#if defined(__AVX2__)
+PYBN_INLINE std::uint32_t bits_of(Ints<float, 8> lanes) {
+  return static_cast<std::uint32_t>(_mm256_movemask_ps((__m256)lanes));
+}
+PYBN_INLINE std::uint32_t bits_of(Ints<double, 4> lanes) {
+  return static_cast<std::uint32_t>(_mm256_movemask_pd((__m256d)lanes));
+}
+#elif defined(__SSE2__)
+PYBN_INLINE std::uint32_t bits_of(Ints<float, 4> lanes) {
+  return static_cast<std::uint32_t>(_mm_movemask_ps((__m128)lanes));
+}
+PYBN_INLINE std::uint32_t bits_of(Ints<double, 2> lanes) {
+  return static_cast<std::uint32_t>(_mm_movemask_pd((__m128d)lanes));
+}
+#endif
+template <class A, int N>
+PYBN_INLINE Ints<A, N> lanes_of(std::uint32_t bits) {
+  Ints<A, N> one_bit;
+  for (int i = 0; i < N; ++i) one_bit[i] = 1 << i;
+  return ((Ints<A, N>{} + bits) & one_bit) != 0;
+}
 
 // The lanes' sum, always over the same tree.
 PYBN_INLINE double sum_of_lanes(Doubles v) {

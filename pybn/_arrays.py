@@ -2,9 +2,9 @@
 
 Each check names the argument, what it was and what it should have been, and runs before anything is written.
 
-Data (``x``, ``dy``) are float32 or float64 and decide the type of ``y`` and ``dx``. Per-channel arrays (weight, bias,
-running statistics) are float32 or float64 independently of the data: all per-channel arithmetic is float64, so neither
-combination loses anything before the one rounding of the result.
+Data (``x``, ``dy``, ``residual``) are float32, float64, float16 or bfloat16 and decide the type of ``y`` and ``dx``.
+Per-channel arrays (weight, bias, running statistics) are float32 or float64 independently of the data: all per-channel
+arithmetic is float64, so no combination loses anything before the one rounding of the result.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from pybn import _core
 
 Array = npt.NDArray[Any]
 
-_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
-_FLOATS = (_FLOAT32, _FLOAT64)
+_FLOAT32, _FLOAT64, _FLOAT16 = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16)
+_PARAMETERS = (_FLOAT32, _FLOAT64)
+_DATA = (_FLOAT32, _FLOAT64, _FLOAT16)
 
 
 def shape_text(shape: tuple[int, ...]) -> str:
@@ -39,21 +40,35 @@ def as_plain_array(name: str, value: npt.ArrayLike) -> Array:
         raise TypeError(f"{name} is a {type(value).__name__}, which cannot become a NumPy array: {error}") from error
 
 
-def as_float_array(name: str, value: npt.ArrayLike) -> Array:
+def as_data_array(name: str, value: npt.ArrayLike) -> Array:
+    """`value` as a plain ndarray of native float32, float64, float16 or bfloat16; a view wherever possible."""
+    array = _as_native(name, value, _DATA)
+    # The type that ml_dtypes registers with NumPy, which need not be imported to be recognized.
+    if array.dtype in _DATA or array.dtype.name == "bfloat16":
+        return array
+    raise TypeError(f"{name} has dtype {array.dtype}, expected float32, float64, float16 or bfloat16")
+
+
+def as_parameter_array(name: str, value: npt.ArrayLike) -> Array:
     """`value` as a plain ndarray of native float32 or float64; a view wherever possible."""
-    if type(value) is np.ndarray and (value.dtype is _FLOAT32 or value.dtype is _FLOAT64):  # the usual case, soon done
+    array = _as_native(name, value, _PARAMETERS)
+    if array.dtype in _PARAMETERS:
+        return array
+    raise TypeError(f"{name} has dtype {array.dtype}, expected float32 or float64")
+
+
+def _as_native(name: str, value: npt.ArrayLike, dtypes: tuple[np.dtype[Any], ...]) -> Array:
+    if type(value) is np.ndarray and value.dtype in dtypes:  # the usual case, soon done
         return value
     array = as_plain_array(name, value)
-    if array.dtype in _FLOATS:
-        return array
-    if array.dtype.kind == "f" and (native := array.dtype.newbyteorder("=")) in _FLOATS:
-        return array.astype(native)
-    raise TypeError(f"{name} has dtype {array.dtype}, expected float32 or float64")
+    if array.dtype.kind == "f" and (native := array.dtype.newbyteorder("=")) in dtypes:
+        return array.astype(native, copy=False)
+    return array
 
 
 def data(name: str, value: npt.ArrayLike, channel_axis: int) -> tuple[Array, int]:
     """A batch of data and its channel axis, which is 1 or the last."""
-    array = as_float_array(name, value)
+    array = as_data_array(name, value)
     if array.ndim < 2:
         raise ValueError(
             f"{name} has shape {shape_text(array.shape)}, expected at least 2 axes: a batch axis and a channel axis"
@@ -68,7 +83,7 @@ def data(name: str, value: npt.ArrayLike, channel_axis: int) -> tuple[Array, int
 
 def like(name: str, value: npt.ArrayLike, x: Array) -> Array:
     """Data that must match `x` in shape and dtype."""
-    array = as_float_array(name, value)
+    array = as_data_array(name, value)
     if array.shape != x.shape:
         raise ValueError(f"{name} has shape {shape_text(array.shape)}, expected {shape_text(x.shape)}, the shape of x")
     if array.dtype != x.dtype:
@@ -76,13 +91,18 @@ def like(name: str, value: npt.ArrayLike, x: Array) -> Array:
     return array
 
 
-def per_channel(name: str, value: npt.ArrayLike | None, channels: int, axis: int) -> Array | None:
-    """An optional per-channel parameter of shape (C,)."""
-    return None if value is None else required_per_channel(name, value, channels, axis)
+def affine_parameters(
+    weight: npt.ArrayLike | None, bias: npt.ArrayLike | None, channels: int, axis: int
+) -> tuple[Array | None, Array | None]:
+    """The optional parameters of shape (C,)."""
+    return (
+        None if weight is None else required_per_channel("weight", weight, channels, axis),
+        None if bias is None else required_per_channel("bias", bias, channels, axis),
+    )
 
 
 def required_per_channel(name: str, value: npt.ArrayLike, channels: int, axis: int) -> Array:
-    array = as_float_array(name, value)
+    array = as_parameter_array(name, value)
     if array.shape != (channels,):
         raise ValueError(
             f"{name} has shape {shape_text(array.shape)}, expected ({channels},) to match axis {axis} of x"
@@ -106,7 +126,7 @@ def updatable(name: str, value: Any, channels: int, axis: int) -> Array:
         raise TypeError(
             f"{name} is byte-swapped ({value.dtype}), expected native byte order, because it is updated in place"
         )
-    array = as_float_array(name, value)
+    array = as_parameter_array(name, value)
     if array.shape != (channels,):
         raise ValueError(
             f"{name} has shape {shape_text(array.shape)}, expected ({channels},) to match axis {axis} of x"
@@ -117,18 +137,26 @@ def updatable(name: str, value: Any, channels: int, axis: int) -> Array:
     return array
 
 
-def running_statistics(mean: Any, var: Any, channels: int, axis: int) -> tuple[Array, Array] | tuple[None, None]:
-    """Both running statistics, to be updated, or neither."""
-    if mean is None and var is None:
-        return None, None
-    if mean is None or var is None:
+def running_statistics(mean: Any, var: Any, x: Array, axis: int, training: bool) -> tuple[Array | None, Array | None]:
+    """The running statistics: in training both, to be updated, or neither; in evaluation both."""
+    channels = x.shape[axis]
+    if not training:
+        if mean is None or var is None:
+            missing = "running_mean" if mean is None else "running_var"
+            raise ValueError(
+                f"{missing} is None, expected an array of shape ({channels},) in evaluation (training=False)"
+            )
+        return required_per_channel("running_mean", mean, channels, axis), variance("running_var", var, channels, axis)
+    if (mean is None) != (var is None):
         missing, given = ("running_mean", "running_var") if mean is None else ("running_var", "running_mean")
         raise ValueError(f"{missing} is None but {given} is not, expected both or neither")
-    mean = updatable("running_mean", mean, channels, axis)
-    var = updatable("running_var", var, channels, axis)
-    variance("running_var", var, channels, axis)
-    if np.may_share_memory(mean, var) and np.shares_memory(mean, var):
-        raise ValueError("running_mean and running_var share memory, expected two separate arrays")
+    if mean is not None:
+        mean = updatable("running_mean", mean, channels, axis)
+        var = updatable("running_var", var, channels, axis)
+        variance("running_var", var, channels, axis)
+        if np.may_share_memory(mean, var) and np.shares_memory(mean, var):
+            raise ValueError("running_mean and running_var share memory, expected two separate arrays")
+    _require_several_values(x, axis)
     return mean, var
 
 
@@ -227,17 +255,21 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
-_ACTIVATIONS = {None: _core.Activation.none, "relu": _core.Activation.relu}
+_ACTIVATIONS = {None if name == "none" else name: index for index, name in enumerate(_core.activations)}
 
 
-def activation(name: str | None) -> _core.Activation:
+def activation(name: str | None, negative_slope: float) -> tuple[int, float]:
+    """An activation as the core knows it."""
     try:
-        return _ACTIVATIONS[name]
+        index = _ACTIVATIONS[name]
     except (KeyError, TypeError):
         raise ValueError(f"activation is {name!r}, expected one of {', '.join(map(repr, _ACTIVATIONS))}") from None
+    if not _is_real(negative_slope) or not math.isfinite(negative_slope):
+        raise ValueError(f"negative_slope is {negative_slope!r}, expected a finite number")
+    return index, float(negative_slope)
 
 
-def require_several_values(x: Array, axis: int) -> None:
+def _require_several_values(x: Array, axis: int) -> None:
     """Training needs a variance: more than one value per channel."""
     channels = x.shape[axis]
     if channels and x.size == channels:
@@ -246,38 +278,50 @@ def require_several_values(x: Array, axis: int) -> None:
         )
 
 
-def can_follow(axis: int, *arrays: Array) -> bool:
-    """Whether the kernels can follow the strides of these arrays together.
+def layout(axis: int, *arrays: Array) -> list[int] | None:
+    """Outer, channel and inner extents by which the kernels can follow the strides of these arrays together, or None.
 
     They follow one outer stride and one contiguous inner extent (or contiguous channels), which covers contiguous
     arrays, slices along the batch or the channels, and transposed views.
     """
-    flags = [array.flags for array in arrays]
-    if not all(f.aligned for f in flags):
-        return False
-    return all(f.c_contiguous for f in flags) or _core.has_layout(axis, *arrays)
+    return _core.layout(axis, *arrays) if all(array.flags.aligned for array in arrays) else None
 
 
 def for_kernels(axis: int, *arrays: Array) -> tuple[Array, ...]:
-    """The arrays as they are if the kernels can follow them, otherwise contiguous copies."""
-    return arrays if can_follow(axis, *arrays) else tuple(np.array(a, order="C") for a in arrays)
+    """The arrays as they are if the kernels can follow them; otherwise with as few copies as that takes.
+
+    The first decides the order of memory and the extents, so that a mask that belongs to it is read as it was written.
+    """
+    if all(array.flags.c_contiguous and array.flags.aligned for array in arrays):
+        return arrays
+    first, others = arrays[0], arrays[1:]
+    if layout(axis, first) is None:
+        first = np.array(first, order="C")
+    extents = layout(axis, first)
+    return first, *(a if layout(axis, first, a) == extents else _copy_like(first, a) for a in others)
+
+
+def _copy_like(first: Array, array: Array) -> Array:
+    copy: Array = _core.empty_like(first)
+    copy[...] = array
+    return copy
 
 
 class Result:
     """Where a result of x's shape goes: the caller's `out`, or a new array laid out as x is.
 
-    ``inputs`` and ``target`` are what the kernels get; ``finish()`` returns the caller's array, after copying to it if
-    the kernels could not follow its strides.
+    ``inputs`` (x first) and ``target`` are what the kernels get; ``finish()`` returns the caller's array, after copying
+    to it if the kernels could not follow its strides.
     """
 
     def __init__(self, axis: int, out: Array | None, *inputs: Array) -> None:
+        def fits(target: Array) -> bool:
+            return layout(axis, self.inputs[0], target) == layout(axis, self.inputs[0])
+
         self.inputs = for_kernels(axis, *inputs)
         self._out = out
-        if out is not None and can_follow(axis, *self.inputs, out):
-            self.target = out
-            return
-        self.target = _core.empty_like(self.inputs[0])
-        if not can_follow(axis, *self.inputs, self.target):  # the inputs repeat elements (strides of 0); no result may
+        self.target = out if out is not None and fits(out) else _core.empty_like(self.inputs[0])
+        if not fits(self.target):  # x repeats elements (strides of 0), as no result may
             self.inputs = tuple(np.array(a, order="C") for a in inputs)
             self.target = _core.empty_like(self.inputs[0])
 

@@ -1,6 +1,5 @@
-"""The compiled core: per-channel results are float64, arrays must be what `pybn._arrays` lets through."""
+"""The compiled core: per-channel results are float64 of shape (2, C); arrays must be what `pybn._arrays` lets through."""
 
-from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -8,18 +7,28 @@ import numpy.typing as npt
 
 _Array = npt.NDArray[Any]
 _Doubles = npt.NDArray[np.float64]
-_Normalization = tuple[_Doubles, _Doubles, _Array]
+_Normalization = tuple[_Doubles, _Array]  # mean and invstd (2, C), affine map (4, C)
+_Activation = tuple[int, float]  # index into `activations`, negative slope
 
 __version__: str
 compiler: str
 openmp: bool
 
-class Activation(Enum):
-    none = 0
-    relu = 1
+activations: tuple[str, ...]
 
-def has_layout(axis: int, *args: _Array) -> bool: ...
-def stats(x: _Array, axis: int) -> tuple[_Doubles, _Doubles]: ...
+def layout(axis: int, *args: _Array) -> list[int] | None: ...
+def usual_channel_axis(
+    x: object,
+    channel_axis: object,
+    training: object,
+    weight: object,
+    bias: object,
+    running_mean: object,
+    running_var: object,
+    residual: object,
+    out: object,
+) -> int: ...
+def stats(x: _Array, axis: int) -> _Doubles: ...
 def forward(
     x: _Array,
     y: _Array,
@@ -29,28 +38,51 @@ def forward(
     running_mean: _Array | None,
     running_var: _Array | None,
     counter: npt.NDArray[np.int64] | None,
+    training: bool,
     momentum: float,
     eps: float,
-    activation: Activation,
-) -> tuple[_Normalization, _Doubles]: ...
+    activation: _Activation,
+    residual: _Array | None,
+    keeps_mask: bool,
+) -> tuple[_Normalization, _Array | None]: ...
 def first_negative(values: _Array) -> int: ...
 def normalization(
     like: _Array, mean: _Array, var: _Array, weight: _Array | None, bias: _Array | None, eps: float
 ) -> _Normalization: ...
-def elemt(x: _Array, y: _Array, axis: int, normalization: _Normalization, activation: Activation) -> None: ...
+def elemt(
+    x: _Array, y: _Array, axis: int, normalization: _Normalization, activation: _Activation, residual: _Array | None
+) -> None: ...
 def backward(
-    dy: _Array, x: _Array, dx: _Array, axis: int, normalization: _Normalization, activation: Activation, training: bool
-) -> tuple[_Doubles, _Doubles]: ...
+    dy: _Array,
+    x: _Array,
+    dx: _Array,
+    dresidual: _Array | None,
+    axis: int,
+    normalization: _Normalization,
+    activation: _Activation,
+    residual: _Array | None,
+    mask: _Array | None,
+    training: bool,
+) -> _Doubles: ...
 def backward_reduce(
-    dy: _Array, x: _Array, axis: int, normalization: _Normalization, activation: Activation
-) -> tuple[_Doubles, _Doubles]: ...
+    dy: _Array,
+    x: _Array,
+    axis: int,
+    normalization: _Normalization,
+    activation: _Activation,
+    residual: _Array | None,
+    mask: _Array | None,
+) -> _Doubles: ...
 def backward_elemt(
     dy: _Array,
     x: _Array,
     dx: _Array,
+    dresidual: _Array | None,
     axis: int,
     normalization: _Normalization,
-    activation: Activation,
+    activation: _Activation,
+    residual: _Array | None,
+    mask: _Array | None,
     sums: tuple[_Doubles, _Doubles, float] | None,
 ) -> None: ...
 def empty_like(x: _Array) -> _Array: ...

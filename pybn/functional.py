@@ -23,47 +23,57 @@ import numpy.typing as npt
 from pybn import _arrays, _core
 from pybn._arrays import Array
 
-_Normalization = tuple[
-    Array, Array, Array
-]  # mean (C,), invstd (C,), affine (4, C): what the core calls a normalization
-
 
 @dataclass(eq=False, slots=True)
 class Saved:
     """What `batch_norm_forward` keeps for `batch_norm_backward`.
 
     It holds a reference to ``x`` (or the copy that the kernels needed), so ``x`` must not be changed before the
-    backward pass.
+    backward pass. The residual may be, unless the activation is "silu" or "hardswish": for the others it is not needed
+    again, as a mask of one bit per value is kept.
 
     Attributes
     ----------
-    mean, invstd : (C,) float64 arrays
-        The statistics that were used: of the batch in training, running in evaluation; invstd is ``1 / sqrt(var +
-        eps)``.
     training : bool
-    activation : None or "relu"
+    activation : None or str
+    negative_slope : float
     channel_axis : int
     """
 
-    mean: Array
-    invstd: Array
     training: bool
     activation: str | None
+    negative_slope: float
     channel_axis: int
+    _normalization: tuple[Array, Array] = field(repr=False)
     _x: Array | None = field(repr=False)
-    _affine: Array = field(repr=False)
     _weight_dtype: np.dtype[Any] | None = field(repr=False)
     _bias_dtype: np.dtype[Any] | None = field(repr=False)
+    _has_residual: bool = field(repr=False)
+    _residual: Array | None = field(repr=False)  # None also where a mask, or nothing of it, is needed
+    _mask: Array | None = field(repr=False)
+
+    @property
+    def mean(self) -> Array:
+        """The mean that was used, (C,) float64: of the batch in training, the running mean in evaluation."""
+        mean: Array = self._normalization[0][0]
+        return mean
+
+    @property
+    def invstd(self) -> Array:
+        """``1 / sqrt(var + eps)`` of the variance that was used, (C,) float64."""
+        invstd: Array = self._normalization[0][1]
+        return invstd
 
 
 class Gradients(NamedTuple):
-    """Gradients of the input (its shape and dtype), the weight and the bias ((C,), their dtypes); None where there is
-    none or none was asked for.
+    """Gradients of the input (its shape and dtype), the weight and the bias ((C,), their dtypes) and the residual (as
+    the input); None where there is none or none was asked for.
     """
 
     dx: Array | None
     dweight: Array | None
     dbias: Array | None
+    dresidual: Array | None
 
 
 def batch_norm(
@@ -77,20 +87,23 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: npt.ArrayLike | None = None,
     channel_axis: int = 1,
     out: Array | None = None,
     check_finite: bool = False,
 ) -> Array:
     """Batch normalization, as `torch.nn.functional.batch_norm`.
 
-    ``y = activation((x - mean) / sqrt(var + eps) * weight + bias)`` per channel. In training the mean and the biased
-    variance are those of the batch, and the running statistics, if given, move towards them (the variance unbiased) in
-    place.
+    ``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)`` per channel. In training the mean and
+    the biased variance are those of the batch, and the running statistics, if given, move towards them (the variance
+    unbiased) in place.
 
     Parameters
     ----------
-    x : array of shape (N, C), (N, C, L), (N, C, H, W), ..., float32 or float64
-        With ``channel_axis=-1``: (N, ..., C).
+    x : array of shape (N, C), (N, C, L), (N, C, H, W), ..., float32, float64, float16 or bfloat16
+        With ``channel_axis=-1``: (N, ..., C). bfloat16 is that of ml_dtypes. Half types are computed with in float32,
+        statistics always in float64, and results are rounded once.
     running_mean, running_var : (C,) arrays or None
         Needed in evaluation. In training both or neither; updated in place.
     weight, bias : (C,) arrays or None
@@ -99,11 +112,15 @@ def batch_norm(
     momentum : float in [0, 1]
         Weight of the new batch: ``running = (1 - momentum) * running + momentum * batch``.
     eps : float > 0
-    activation : None or "relu"
-        Applied in the same pass over memory.
+    activation : None, "relu", "relu6", "leaky_relu", "silu" or "hardswish"
+        Applied in the same pass over memory; definitions as in `torch.nn.functional`.
+    negative_slope : float
+        Of "leaky_relu", for values below 0.
+    residual : array of x's shape and dtype, optional
+        Added before the activation, in the same pass.
     channel_axis : 1 or -1
     out : array of x's shape and dtype, optional
-        May be x itself.
+        May be x or residual itself.
     check_finite : bool
         Raise a ValueError if x has NaN or Inf, before anything is written.
 
@@ -115,15 +132,15 @@ def batch_norm(
     Raises
     ------
     TypeError
-        An argument of a type or dtype that cannot be used. Data are float32 or float64; parameters are either, whatever
-        the data are.
+        An argument of a type or dtype that cannot be used. Parameters are float32 or float64, whatever the data are.
     ValueError
         A shape, stride or value that cannot be used; in training also one value per channel. Nothing has been written
         then.
     """
     return forward(
-        x, weight, bias, running_mean, running_var, training, momentum, eps, activation, channel_axis, out, check_finite
-    )[0]
+        x, weight, bias, running_mean, running_var, training, momentum, eps, activation, negative_slope, residual,
+        channel_axis, out, check_finite, keeps=False,
+    )[0]  # fmt: skip
 
 
 def batch_norm_forward(
@@ -137,6 +154,8 @@ def batch_norm_forward(
     momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: npt.ArrayLike | None = None,
     channel_axis: int = 1,
     out: Array | None = None,
     check_finite: bool = False,
@@ -144,82 +163,97 @@ def batch_norm_forward(
     """`batch_norm`, and what `batch_norm_backward` needs.
 
     Parameters are those of `batch_norm`. With ``out=x`` the input is gone, so ``saved`` cannot be used for a backward
-    pass.
+    pass; nor can it with ``out=residual`` and "silu" or "hardswish".
 
     Returns
     -------
     y : array of x's shape and dtype
     saved : Saved
     """
-    return forward(
-        x, weight, bias, running_mean, running_var, training, momentum, eps, activation, channel_axis, out, check_finite
-    )
+    y, saved = forward(
+        x, weight, bias, running_mean, running_var, training, momentum, eps, activation, negative_slope, residual,
+        channel_axis, out, check_finite, keeps=True,
+    )  # fmt: skip
+    assert saved is not None
+    return y, saved
 
 
 def forward(
-    x: npt.ArrayLike,
-    weight: npt.ArrayLike | None,
-    bias: npt.ArrayLike | None,
-    running_mean: npt.ArrayLike | None,
-    running_var: npt.ArrayLike | None,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
     training: bool,
     momentum: float,
     eps: float,
     activation: str | None,
+    negative_slope: float,
+    residual: Any,
     channel_axis: int,
-    out: Array | None,
+    out: Any,
     check_finite: bool,
+    *,
+    keeps: bool,
     counter: Array | None = None,
-) -> tuple[Array, Saved]:
-    """`batch_norm_forward` with positional arguments; raises `counter`, an int64 of shape (), with the statistics."""
-    x, axis = _arrays.data("x", x, channel_axis)
-    channels = x.shape[axis]
-    weight = _arrays.per_channel("weight", weight, channels, axis)
-    bias = _arrays.per_channel("bias", bias, channels, axis)
-    training = _arrays.flag("training", training)
+) -> tuple[Array, Saved | None]:
+    """`batch_norm_forward`, or `batch_norm` if nothing is to be kept for a backward pass.
+
+    Raises `counter`, an int64 of shape (), together with the running statistics.
+    """
+    axis = _core.usual_channel_axis(x, channel_axis, training, weight, bias, running_mean, running_var, residual, out)
+    is_usual = axis >= 0  # the checks that follow would find nothing, and take longer than a small kernel
+    if not is_usual:
+        x, axis = _arrays.data("x", x, channel_axis)
+        weight, bias = _arrays.affine_parameters(weight, bias, x.shape[axis], axis)
+        training = _arrays.flag("training", training)
+        running_mean, running_var = _arrays.running_statistics(running_mean, running_var, x, axis, training)
+        if residual is not None:
+            residual = _arrays.like("residual", residual, x)
+        if out is not None:
+            parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+            out = _arrays.output("out", out, x, {"x": x, "residual": residual, **parameters})
     eps = _arrays.positive("eps", eps)
     momentum = _arrays.factor(momentum)
-    act = _arrays.activation(activation)
-    if training:
-        running_mean, running_var = _arrays.running_statistics(running_mean, running_var, channels, axis)
-        _arrays.require_several_values(x, axis)
-    elif running_mean is None or running_var is None:
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(f"{missing} is None, expected an array of shape ({channels},) in evaluation (training=False)")
-    else:
-        running_mean = _arrays.required_per_channel("running_mean", running_mean, channels, axis)
-        running_var = _arrays.variance("running_var", running_var, channels, axis)
-    if out is not None:
-        parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-        out = _arrays.output("out", out, x, {"x": x, **parameters})
+    act = _arrays.activation(activation, negative_slope)
     if check_finite:
         _require_finite(x, axis)
 
-    result = _arrays.Result(axis, out, x)
-    (source,) = result.inputs
-    normalization: _Normalization
-    if training and x.size:
-        normalization, _ = _core.forward(
-            source, result.target, axis, weight, bias, running_mean, running_var, counter, momentum, eps, act
-        )
+    if is_usual:
+        result, source, target = None, x, _core.empty_like(x) if out is None else out
+    else:
+        result = _arrays.Result(axis, out, x) if residual is None else _arrays.Result(axis, out, x, residual)
+        source, target = result.inputs[0], result.target
+        residual = None if residual is None else result.inputs[1]
+    if x.size:
+        normalization, mask = _core.forward(
+            source, target, axis, weight, bias, running_mean, running_var, counter, training, momentum, eps, act,
+            residual, keeps,
+        )  # fmt: skip
     else:
         if training and counter is not None:
             counter += 1  # an empty batch is a batch, as in PyTorch
-        mean, var = (running_mean, running_var) if not training else (np.zeros(channels), np.ones(channels))
-        assert mean is not None
-        assert var is not None
-        normalization = _core.normalization(source, mean, var, weight, bias, eps)
-        _core.elemt(source, result.target, axis, normalization, act)
-    y = result.finish()
+        mean, var = (running_mean, running_var) if not training else (np.zeros(x.shape[axis]), np.ones(x.shape[axis]))
+        normalization, mask = _core.normalization(source, mean, var, weight, bias, eps), None
+    y = target if result is None else result.finish()
+    if not keeps:
+        return y, None
 
-    mean, invstd, affine = normalization
-    overwritten = out is not None and _arrays.is_same_memory(source, out)
-    saved = Saved(
-        mean, invstd, training, activation, axis,
-        None if overwritten else source, affine,
+    needs_residual = residual is not None and activation in _READ_RESIDUAL_AGAIN
+    return y, Saved(
+        training, activation, act[1], axis, normalization,
+        None if _is_overwritten(source, out) else source,
         None if weight is None else weight.dtype, None if bias is None else bias.dtype,
+        residual is not None, residual if needs_residual and not _is_overwritten(residual, out) else None, mask,
     )  # fmt: skip
-    return y, saved
+
+
+# Their gradient is more than a choice of two slopes, which a mask could tell.
+_READ_RESIDUAL_AGAIN = ("silu", "hardswish")
+
+
+def _is_overwritten(source: Array, out: Array | None) -> bool:
+    return out is not None and _arrays.is_same_memory(source, out)
 
 
 def _require_finite(x: Array, axis: int) -> None:
@@ -242,13 +276,14 @@ def batch_norm_backward(
     saved: Saved,
     *,
     out: Array | None = None,
-    output_mask: tuple[bool, bool, bool] = (True, True, True),
+    output_mask: tuple[bool, ...] = (True, True, True, True),
 ) -> Gradients:
     """Gradients of `batch_norm_forward`.
 
-    In training ``dx = (dy - dbias/n - (x - mean) * invstd^2 * sum((x - mean) * dy)/n) * invstd * weight``; in
-    evaluation ``dx = dy * invstd * weight``. ``dweight = sum((x - mean) * dy) * invstd``, ``dbias = sum(dy)``. With a
-    fused activation, dy is first passed back through it, its mask recomputed from x.
+    With ``dz`` the gradient passed back through the activation: in training ``dx = (dz - dbias/n - (x - mean) *
+    invstd^2 * sum((x - mean) * dz)/n) * invstd * weight``; in evaluation ``dx = dz * invstd * weight``. ``dweight =
+    sum((x - mean) * dz) * invstd``, ``dbias = sum(dz)``, ``dresidual = dz``. What the activation needs is recomputed
+    from x, or, with a residual, read from a mask.
 
     Parameters
     ----------
@@ -257,67 +292,89 @@ def batch_norm_backward(
         From `batch_norm_forward`.
     out : array of x's shape and dtype, optional
         For dx; may be dy itself.
-    output_mask : three bools
-        Which of dx, dweight and dbias are wanted; the others are None.
+    output_mask : three or four bools
+        Which of dx, dweight, dbias and dresidual are wanted; the others are None.
 
     Returns
     -------
     Gradients
-        dweight and dbias are None also where the forward pass had no weight or bias.
+        dweight, dbias and dresidual are None also where the forward pass had no weight, bias or residual. Without an
+        activation dresidual is dy itself, or, if `out` is dy, a copy.
 
     Raises
     ------
     TypeError, ValueError
-        As in `batch_norm`; also if x was overwritten by the forward pass (``out=x``).
+        As in `batch_norm`; also if x, or a residual that is needed again, was overwritten by the forward pass.
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved is a {type(saved).__name__}, expected the second result of batch_norm_forward")
-    x, axis = saved._x, saved.channel_axis
+    x, residual, axis = saved._x, saved._residual, saved.channel_axis
     if x is None:
         raise ValueError("x was overwritten by a pass with out=x, expected passes with another out, or none")
+    if saved._has_residual and residual is None and saved.activation in _READ_RESIDUAL_AGAIN:
+        raise ValueError(
+            f'residual was overwritten by a pass with out=residual, and "{saved.activation}" needs it again, '
+            "expected passes with another out, or none"
+        )
     dy = _arrays.like("dy", dy, x)
-    wants_dx, wants_dweight, wants_dbias = _output_mask(output_mask)
+    wants_dx, wants_dweight, wants_dbias, wants_dresidual = _output_mask(output_mask)
     wants_dweight = wants_dweight and saved._weight_dtype is not None
     wants_dbias = wants_dbias and saved._bias_dtype is not None
+    wants_dresidual = wants_dresidual and saved._has_residual
     if out is not None:
         if not wants_dx:
             raise ValueError("out is given but output_mask says that dx is not wanted, expected one without the other")
-        out = _arrays.output("out", out, x, {"dy": dy, "x": x})
-    act = _arrays.activation(saved.activation)
-    normalization = (saved.mean, saved.invstd, saved._affine)
+        out = _arrays.output("out", out, x, {"dy": dy, "x": x, "residual": residual})
+    act = _arrays.activation(saved.activation, saved.negative_slope)
+    normalization = saved._normalization
 
     dx: Array | None = None
-    sum_dy = sum_dy_xmu = np.zeros(x.shape[axis])
+    dresidual: Array | None = None
+    if wants_dresidual and saved.activation is None:
+        dresidual = dy.copy() if out is not None and np.may_share_memory(dy, out) else dy
+    sums = np.zeros((2, x.shape[axis]))
     if x.size == 0:
         dx = (np.empty_like(x) if out is None else out) if wants_dx else None
-    elif not wants_dx:
-        if wants_dweight or wants_dbias:
-            dy, x = _arrays.for_kernels(axis, dy, x)
-            sum_dy, sum_dy_xmu = _core.backward_reduce(dy, x, axis, normalization, act)
-    else:
-        result = _arrays.Result(axis, out, dy, x)
-        if out is not None and _arrays.is_same_memory(x, out):
+        dresidual = np.empty_like(x) if wants_dresidual else None
+    elif wants_dx or (wants_dresidual and dresidual is None):
+        result = _arrays.Result(axis, out, *_present(x, dy, residual))
+        x, dy, *rest = result.inputs
+        residual = rest[0] if rest else None
+        if _is_overwritten(x, out):
             saved._x = None  # before the first byte of it changes
-        dy, x = result.inputs
+        if residual is not None and _is_overwritten(residual, out):
+            saved._residual = None
+        if wants_dresidual and dresidual is None:
+            dresidual = _core.empty_like(result.target)
+        dz = None if saved.activation is None else dresidual
         if saved.training or wants_dweight or wants_dbias:
-            sum_dy, sum_dy_xmu = _core.backward(dy, x, result.target, axis, normalization, act, saved.training)
+            sums = _core.backward(
+                dy, x, result.target, dz, axis, normalization, act, residual, saved._mask, saved.training
+            )
         else:
-            _core.backward_elemt(dy, x, result.target, axis, normalization, act, None)
-        dx = result.finish()
+            _core.backward_elemt(dy, x, result.target, dz, axis, normalization, act, residual, saved._mask, None)
+        dx = result.finish() if wants_dx else None
+    elif wants_dweight or wants_dbias:
+        x, dy, *rest = _arrays.for_kernels(axis, *_present(x, dy, residual))
+        sums = _core.backward_reduce(dy, x, axis, normalization, act, rest[0] if rest else None, saved._mask)
+    dweight = dbias = None
     with np.errstate(over="ignore"):  # a sum beyond float32 becomes Inf, as in PyTorch
-        return Gradients(
-            dx,
-            (sum_dy_xmu * saved.invstd).astype(saved._weight_dtype) if wants_dweight else None,
-            sum_dy.astype(saved._bias_dtype) if wants_dbias else None,
-        )
+        if wants_dweight:
+            dweight = (sums[1] * saved.invstd).astype(saved._weight_dtype)
+        if wants_dbias:
+            dbias = sums[0].astype(saved._bias_dtype)
+    return Gradients(dx, dweight, dbias, dresidual)
 
 
-def _output_mask(mask: tuple[bool, bool, bool]) -> tuple[bool, bool, bool]:
+def _output_mask(mask: tuple[bool, ...]) -> tuple[bool, bool, bool, bool]:
     try:
-        dx, dweight, dbias = (bool(wanted) for wanted in mask)
+        dx, dweight, dbias, *rest = (bool(wanted) for wanted in mask)
+        (dresidual,) = rest or (True,)
     except (TypeError, ValueError):
-        raise ValueError(f"output_mask is {mask!r}, expected three bools: for dx, dweight and dbias") from None
-    return dx, dweight, dbias
+        raise ValueError(
+            f"output_mask is {mask!r}, expected three or four bools: for dx, dweight, dbias and dresidual"
+        ) from None
+    return dx, dweight, dbias, dresidual
 
 
 def batch_norm_stats(x: npt.ArrayLike, *, channel_axis: int = 1) -> tuple[Array, Array, int]:
@@ -329,7 +386,7 @@ def batch_norm_stats(x: npt.ArrayLike, *, channel_axis: int = 1) -> tuple[Array,
 
     Parameters
     ----------
-    x : array of at least 2 axes, float32 or float64
+    x : array of at least 2 axes, of a type that `batch_norm` takes
     channel_axis : 1 or -1
 
     Returns
@@ -357,10 +414,13 @@ def batch_norm_elemt(
     eps: float = 1e-5,
     *,
     activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: npt.ArrayLike | None = None,
     channel_axis: int = 1,
     out: Array | None = None,
 ) -> Array:
-    """``activation((x - mean) / sqrt(var + eps) * weight + bias)`` with given statistics: the application step.
+    """``activation((x - mean) / sqrt(var + eps) * weight + bias + residual)`` with given statistics: the application
+    step.
 
     Parameters are those of `batch_norm`; ``mean`` and ``var`` (biased) have shape (C,), float32 or float64. Pass the
     float64 statistics of `batch_norm_stats` as they are: a large mean rounded to float32 would cost the precision that
@@ -368,14 +428,21 @@ def batch_norm_elemt(
     """
     x, axis = _arrays.data("x", x, channel_axis)
     mean, var, weight, bias = _statistics(mean, var, weight, bias, x.shape[axis], axis)
+    residual = None if residual is None else _arrays.like("residual", residual, x)
     eps = _arrays.positive("eps", eps)
-    act = _arrays.activation(activation)
+    act = _arrays.activation(activation, negative_slope)
     if out is not None:
-        out = _arrays.output("out", out, x, {"x": x, "mean": mean, "var": var, "weight": weight, "bias": bias})
-    result = _arrays.Result(axis, out, x)
-    (source,) = result.inputs
-    _core.elemt(source, result.target, axis, _core.normalization(source, mean, var, weight, bias, eps), act)
+        parameters = {"mean": mean, "var": var, "weight": weight, "bias": bias}
+        out = _arrays.output("out", out, x, {"x": x, "residual": residual, **parameters})
+    result = _arrays.Result(axis, out, *_present(x, residual))
+    source, *rest = result.inputs
+    normalization = _core.normalization(source, mean, var, weight, bias, eps)
+    _core.elemt(source, result.target, axis, normalization, act, rest[0] if rest else None)
     return result.finish()
+
+
+def _present(*arrays: Array | None) -> list[Array]:
+    return [array for array in arrays if array is not None]
 
 
 def batch_norm_backward_reduce(
@@ -388,6 +455,8 @@ def batch_norm_backward_reduce(
     eps: float = 1e-5,
     *,
     activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: npt.ArrayLike | None = None,
     channel_axis: int = 1,
 ) -> tuple[Array, Array]:
     """``sum(dy)`` and ``sum((x - mean) * dy)`` of every channel: the reduction step of the backward pass.
@@ -403,15 +472,15 @@ def batch_norm_backward_reduce(
     dy = _arrays.like("dy", dy, x)
     channels = x.shape[axis]
     mean, var, weight, bias = _statistics(mean, var, weight, bias, channels, axis)
+    residual = None if residual is None else _arrays.like("residual", residual, x)
     eps = _arrays.positive("eps", eps)
-    act = _arrays.activation(activation)
+    act = _arrays.activation(activation, negative_slope)
     if x.size == 0:
         return np.zeros(channels), np.zeros(channels)
-    dy, x = _arrays.for_kernels(axis, dy, x)
-    sums: tuple[Array, Array] = _core.backward_reduce(
-        dy, x, axis, _core.normalization(x, mean, var, weight, bias, eps), act
-    )
-    return sums
+    x, dy, *rest = _arrays.for_kernels(axis, *_present(x, dy, residual))
+    normalization = _core.normalization(x, mean, var, weight, bias, eps)
+    sum_dy, sum_dy_xmu = _core.backward_reduce(dy, x, axis, normalization, act, rest[0] if rest else None, None)
+    return sum_dy, sum_dy_xmu
 
 
 def batch_norm_backward_elemt(
@@ -427,6 +496,8 @@ def batch_norm_backward_elemt(
     eps: float = 1e-5,
     *,
     activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: npt.ArrayLike | None = None,
     channel_axis: int = 1,
     out: Array | None = None,
 ) -> Array:
@@ -447,20 +518,23 @@ def batch_norm_backward_elemt(
     dy = _arrays.like("dy", dy, x)
     channels = x.shape[axis]
     mean, var, weight, bias = _statistics(mean, var, weight, bias, channels, axis)
+    residual = None if residual is None else _arrays.like("residual", residual, x)
     eps = _arrays.positive("eps", eps)
-    act = _arrays.activation(activation)
+    act = _arrays.activation(activation, negative_slope)
     sums = (
         np.ascontiguousarray(_arrays.required_per_channel("sum_dy", sum_dy, channels, axis), np.float64),
         np.ascontiguousarray(_arrays.required_per_channel("sum_dy_xmu", sum_dy_xmu, channels, axis), np.float64),
     )
     count = _arrays.positive("count", count)
     if out is not None:
-        inputs = {"dy": dy, "x": x, "mean": mean, "var": var, "weight": weight, "bias": bias}
+        inputs = {"dy": dy, "x": x, "residual": residual, "mean": mean, "var": var, "weight": weight, "bias": bias}
         out = _arrays.output("out", out, x, {**inputs, "sum_dy": sums[0], "sum_dy_xmu": sums[1]})
-    result = _arrays.Result(axis, out, dy, x)
-    dy, x = result.inputs
+    result = _arrays.Result(axis, out, *_present(x, dy, residual))
+    x, dy, *rest = result.inputs
     normalization = _core.normalization(x, mean, var, weight, bias, eps)
-    _core.backward_elemt(dy, x, result.target, axis, normalization, act, (*sums, count))
+    _core.backward_elemt(
+        dy, x, result.target, None, axis, normalization, act, rest[0] if rest else None, None, (*sums, count)
+    )
     return result.finish()
 
 
@@ -475,6 +549,5 @@ def _statistics(
     return (
         _arrays.required_per_channel("mean", mean, channels, axis),
         _arrays.variance("var", var, channels, axis),
-        _arrays.per_channel("weight", weight, channels, axis),
-        _arrays.per_channel("bias", bias, channels, axis),
+        *_arrays.affine_parameters(weight, bias, channels, axis),
     )

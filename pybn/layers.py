@@ -33,11 +33,13 @@ class _BatchNorm:
         Whether there are a weight (initially 1) and a bias (initially 0).
     track_running_stats : bool
         Whether there are running statistics (initially mean 0, variance 1).
-    activation : None or "relu"
+    activation : None, "relu", "relu6", "leaky_relu", "silu" or "hardswish"
         Applied to the output in the same pass over memory.
+    negative_slope : float
+        Of "leaky_relu".
     channel_axis : 1 or -1
     dtype : float32 or float64
-        Of parameters and running statistics; the data may be either.
+        Of parameters and running statistics; the data may be of any type that `pybn.batch_norm` takes.
     check_finite : bool
         Raise a ValueError if an input has NaN or Inf, before anything changes.
 
@@ -67,6 +69,7 @@ class _BatchNorm:
         track_running_stats: bool = True,
         *,
         activation: str | None = None,
+        negative_slope: float = 0.01,
         channel_axis: int = 1,
         dtype: npt.DTypeLike = np.float32,
         check_finite: bool = False,
@@ -78,13 +81,14 @@ class _BatchNorm:
         if not isinstance(channel_axis, int) or channel_axis not in (1, -1):
             raise ValueError(f"channel_axis is {channel_axis!r}, expected 1 (NCHW) or -1 (NHWC)")
         dtype = _dtype(dtype)
-        _arrays.activation(activation)
+        _, slope = _arrays.activation(activation, negative_slope)
         self.num_features = int(num_features)
         self.eps = _arrays.positive("eps", eps)
         self.momentum = None if momentum is None else _arrays.factor(momentum)
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
         self.activation = activation
+        self.negative_slope = slope
         self.channel_axis = channel_axis
         self.check_finite = bool(check_finite)
         self.training = True
@@ -100,40 +104,39 @@ class _BatchNorm:
         self._lock = threading.RLock()  # reentrant: a signal handler may call the layer that it interrupts
         _layers.add(self)
 
-    def __call__(self, x: npt.ArrayLike, *, out: Array | None = None) -> Array:
-        """Normalize `x`; see `pybn.batch_norm` for shapes, types and errors."""
-        x = _arrays.as_float_array("x", x)
+    def __call__(self, x: npt.ArrayLike, *, residual: npt.ArrayLike | None = None, out: Array | None = None) -> Array:
+        """Normalize `x`, add `residual`, apply the activation; see `pybn.batch_norm` for shapes, types and errors."""
+        x = _arrays.as_data_array("x", x)
         self._check_shape(x.shape)
         if not self.training:
-            return self._forward(x, out, momentum=0.0, counter=None)
+            return self._forward(x, residual, out, momentum=0.0, counter=None)
         with self._lock:
             counter = self.num_batches_tracked
-            if self.momentum is not None:
-                return self._forward(x, out, self.momentum, counter)
-            return self._forward(x, out, 0.0 if counter is None else 1 / (int(counter) + 1), counter)
+            momentum = self.momentum
+            if momentum is None:
+                momentum = 0.0 if counter is None else 1 / (int(counter) + 1)
+            return self._forward(x, residual, out, momentum, counter)
 
     forward = __call__
 
-    def _forward(self, x: Array, out: Array | None, momentum: float, counter: Array | None) -> Array:
+    def _forward(
+        self, x: Array, residual: npt.ArrayLike | None, out: Array | None, momentum: float, counter: Array | None
+    ) -> Array:
+        training = self.training or not self.track_running_stats
         y, self._saved = forward(
-            x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
-            self.training or not self.track_running_stats,
-            momentum,
-            self.eps,
-            self.activation,
-            self.channel_axis,
-            out,
-            self.check_finite,
-            counter,
-        )
+            x, self.weight, self.bias, self.running_mean, self.running_var, training, momentum, self.eps,
+            self.activation, self.negative_slope, residual, self.channel_axis, out, self.check_finite, keeps=True,
+            counter=counter,
+        )  # fmt: skip
         return y
 
-    def backward(self, dy: npt.ArrayLike, *, out: Array | None = None) -> Array:
-        """Gradient of the last call's input; adds those of weight and bias to `weight_grad` and `bias_grad`.
+    def backward(self, dy: npt.ArrayLike, *, out: Array | None = None) -> Array | tuple[Array, Array]:
+        """Gradient of the last call's input, and of its residual if it had one; adds those of weight and bias to
+        `weight_grad` and `bias_grad`.
+
+        Returns
+        -------
+        dx, or (dx, dresidual)
 
         Raises
         ------
@@ -145,14 +148,14 @@ class _BatchNorm:
             raise RuntimeError(
                 "backward needs a forward call before it, and each forward call serves one backward pass"
             )
-        dx, dweight, dbias = batch_norm_backward(dy, saved, out=out)
+        dx, dweight, dbias, dresidual = batch_norm_backward(dy, saved, out=out)
         self._saved = None  # frees x
         if dweight is not None:
             self.weight_grad = dweight if self.weight_grad is None else self.weight_grad + dweight
         if dbias is not None:
             self.bias_grad = dbias if self.bias_grad is None else self.bias_grad + dbias
         assert dx is not None
-        return dx
+        return dx if dresidual is None else (dx, dresidual)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -236,6 +239,8 @@ class _BatchNorm:
         )
         if self.activation is not None:
             text += f", activation={self.activation!r}"
+        if self.activation == "leaky_relu":
+            text += f", negative_slope={self.negative_slope}"
         if self.channel_axis != 1:
             text += f", channel_axis={self.channel_axis}"
         return text + ")"
