@@ -63,30 +63,36 @@ def test_every_rank_is_right_with_channels_first_and_last(instruction_set, rng, 
 # ---- views -----------------------------------------------------------------------------------------------------------
 
 # Views of an array that is contiguous as (N, C, H, W), its channels on axis 1, or as (N, H, W, C), on axis -1.
-# The kernels follow these, and treat them as they treat the contiguous copy.
+# The kernels follow these, and treat them as they treat the contiguous copy. (Rows of fewer channels than 64 are taken
+# together if they are dense, so sums over a slice of the channels run in another order.)
 FOLLOWED = {
     "contiguous": (lambda a: a, lambda a: a),
-    "channels": (lambda a: a[:, 2:7], lambda a: a[..., 2:7]),
+    "channels": (lambda a: a[:, 2:67], lambda a: a[..., 2:67]),
     "batch": (lambda a: a[2:5], lambda a: a[2:5]),
     "one image": (lambda a: a[3:4], lambda a: a[3:4]),
-    "batch and channels": (lambda a: a[1:4, 1:8], lambda a: a[1:4, ..., 1:8]),
+    "batch and channels": (lambda a: a[1:4, 1:66], lambda a: a[1:4, ..., 1:66]),
     "other axis": (lambda a: np.moveaxis(a, 1, -1), lambda a: np.moveaxis(a, -1, 1)),
-    "other axis, channels": (lambda a: np.moveaxis(a[:, 1:6], 1, -1), lambda a: np.moveaxis(a[..., 1:6], -1, 1)),
+    "other axis, channels": (lambda a: np.moveaxis(a[:, 1:65], 1, -1), lambda a: np.moveaxis(a[..., 1:65], -1, 1)),
     "other axis, batch": (lambda a: np.moveaxis(a[1:4], 1, -1), lambda a: np.moveaxis(a[1:4], -1, 1)),
-    "one channel": (lambda a: a[:, 3:4], None),
     "every other image": (lambda a: a[::2], None),
     "reversed batch": (lambda a: a[::-1], None),
     "every other channel": (lambda a: a[:, ::2], None),
     "reversed channels": (lambda a: a[:, ::-1], None),
 }
+# The kernels follow these, too.
+FEW_CHANNELS = {
+    "one channel": (lambda a: a[:, 3:4], lambda a: a[..., 3:4]),
+    "three channels": (lambda a: a[:, 3:6], lambda a: a[..., 3:6]),
+    "seven channels": (lambda a: a[:, :7], lambda a: a[..., :7]),
+    "other axis, few channels": (lambda a: np.moveaxis(a[:, 1:6], 1, -1), lambda a: np.moveaxis(a[..., 1:6], -1, 1)),
+}
 # These may be copied.
 OTHERS = {
-    "one channel": (None, lambda a: a[..., 3:4]),
     "every other image": (None, lambda a: a[::2]),
     "reversed batch": (None, lambda a: a[::-1]),
     "every other channel": (None, lambda a: a[..., ::2]),
     "reversed channels": (None, lambda a: a[..., ::-1]),
-    "crop": (lambda a: a[:, :, 1:6, 2:7], lambda a: a[:, 1:6, 2:7]),
+    "crop": (lambda a: a[:, :, 1:3, 2:5], lambda a: a[:, 1:3, 2:5]),
     "every other row": (lambda a: a[:, :, ::2], lambda a: a[:, ::2]),
     "every other column": (lambda a: a[:, :, :, ::2], lambda a: a[:, :, ::2]),
     "reversed rows": (lambda a: a[:, :, ::-1], lambda a: a[:, ::-1]),
@@ -111,13 +117,15 @@ def views(table):
     ]
 
 
-every_view = pytest.mark.parametrize(("view", "axis", "view_axis"), views(FOLLOWED) + views(OTHERS))
-followed_view = pytest.mark.parametrize(("view", "axis", "view_axis"), views(FOLLOWED))
+every_view = pytest.mark.parametrize(
+    ("view", "axis", "view_axis"), views(FOLLOWED) + views(FEW_CHANNELS) + views(OTHERS)
+)
+followed_view = pytest.mark.parametrize(("view", "axis", "view_axis"), views(FOLLOWED) + views(FEW_CHANNELS))
 
 
 def viewed(rng, view, axis, dtype):
     """A view of data that fill more memory than it."""
-    return view(images(rng, (6, 9, 8, 9), dtype, axis))
+    return view(images(rng, (6, 67, 3, 5), dtype, axis))
 
 
 def results_of(x, residual, dy, channel_axis, activation):
@@ -147,7 +155,7 @@ def results_of(x, residual, dy, channel_axis, activation):
     }
 
 
-@followed_view
+@pytest.mark.parametrize(("view", "axis", "view_axis"), views(FOLLOWED))
 @data_dtypes
 def test_a_view_gives_the_bits_of_a_contiguous_copy_of_its_layout(instruction_set, rng, dtype, view, axis, view_axis):
     x, residual, dy = (viewed(rng, view, axis, dtype) for _ in range(3))
@@ -180,9 +188,9 @@ def test_a_view_gives_the_results_of_its_contiguous_copy(instruction_set, rng, d
 @data_dtypes
 def test_views_are_not_copied(rng, dtype, view, axis, view_axis):
     x, residual, dy, out = (viewed(rng, view, axis, dtype) for _ in range(4))
-    assert _core.has_layout(view_axis % 4, x)
-    assert _core.has_layout(view_axis % 4, x, residual, dy, out)
-    assert _core.has_layout(view_axis % 4, x, x.copy(order="K")), "a new result, dense and in the order of x"
+    assert _core.layout(view_axis % 4, x)
+    assert _core.layout(view_axis % 4, x, residual, dy, out)
+    assert _core.layout(view_axis % 4, x, x.copy(order="K")), "a new result, dense and in the order of x"
 
 
 @every_view
@@ -267,7 +275,7 @@ class Guarded:
         self.address = libc.mmap(None, (self.pages + 2) * PAGE, mmap.PROT_READ | mmap.PROT_WRITE,
                                  mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
         for page in (0, self.pages + 1):
-            assert libc.mprotect(self.address + page * PAGE, PAGE, mmap.PROT_NONE) == 0
+            assert libc.mprotect(self.address + page * PAGE, PAGE, 0) == 0
 
     def array(self, values, at_end):
         'A copy of values that begins, or ends, where the memory does.'
