@@ -95,13 +95,13 @@ def assert_close(actual, expected, dtype, what="", roundings=1):
     Two `roundings` if `expected` is rounded to a half type as `actual` is.
     """
     kind = np.dtype(dtype).type
-    np.testing.assert_allclose(
-        np.asarray(actual, np.float64),
-        np.asarray(expected, np.float64),
-        rtol=4 * RELATIVE[kind] + roundings * ROUNDING[kind],
-        atol=4 * RELATIVE[kind],
-        err_msg=str(what),
-    )
+    rtol, atol = 4 * RELATIVE[kind] + roundings * ROUNDING[kind], 4 * RELATIVE[kind]
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    if actual.shape == expected.shape:  # a third of the time of asking NumPy's test every time
+        with np.errstate(invalid="ignore"):
+            if np.all(np.abs(actual - expected) <= atol + rtol * np.abs(expected)):
+                return
+    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol, err_msg=str(what))
 
 
 def assert_same_bits(actual, expected, what=""):

@@ -40,11 +40,11 @@ def activated(z, activation, negative_slope=0.01, dy=None, channel_axis=1):
 
 
 @activations
-@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("channel_axis", [1, -1])
 @data_dtypes
-def test_every_vector_tail_is_right(instruction_set, rng, dtype, channel_axis, training, activation):
-    for size in TAIL_SIZES:
+def test_every_vector_tail_is_right(instruction_set, rng, dtype, channel_axis, activation):
+    for number, size in enumerate(TAIL_SIZES):
+        training = number % 2 == 1
         x = images(rng, (5, 3, size) if channel_axis == 1 else (5, size, 3), dtype, channel_axis)
         x *= dtype(4)  # in evaluation, beyond 6 and -3
         check_step(rng, x, channel_axis, training=training, activation=activation, what=size)

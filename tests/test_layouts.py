@@ -38,6 +38,8 @@ def drawn(rng, x):
 @data_dtypes
 def test_rows_of_every_length_and_number_are_right(instruction_set, rng, dtype):
     for channels, rows in itertools.product(CHANNELS, ROWS):
+        if channels * rows > 70_000:  # many rows of many channels are in NETWORK_SHAPES
+            continue
         x = images(rng, (rows, channels), dtype)
         options = drawn(rng, x)
         check_step(rng, x, **options, what=f"{rows} x {channels}, {options}")

@@ -1,6 +1,5 @@
 """``y = activation(batch_norm(x) + residual)``: gradients of the residual, the bit mask, and whose memory is whose."""
 
-import gc
 import itertools
 import tracemalloc
 import weakref
@@ -44,11 +43,11 @@ def step_data(rng, shape=(5, 7, 6, 9), dtype=np.float32, channel_axis=1):
 
 
 @every_activation
-@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("channel_axis", [1, -1])
 @data_dtypes
-def test_every_vector_tail_is_right(instruction_set, rng, dtype, channel_axis, training, activation):
-    for size in TAIL_SIZES:
+def test_every_vector_tail_is_right(instruction_set, rng, dtype, channel_axis, activation):
+    for number, size in enumerate(TAIL_SIZES):
+        training = number % 2 == 0
         x, residual, _ = step_data(rng, (5, 3, size) if channel_axis == 1 else (5, size, 3), dtype, channel_axis)
         check_step(rng, x, channel_axis, training=training, activation=activation, residual=residual, what=size)
 
@@ -57,7 +56,7 @@ def test_every_vector_tail_is_right(instruction_set, rng, dtype, channel_axis, t
 @pytest.mark.parametrize("channel_axis", [1, -1])
 def test_network_shapes_are_right(instruction_set, rng, channel_axis, shape):
     x, residual, _ = step_data(rng, shape, np.float32, channel_axis)
-    for training, activation in ((True, "relu"), (False, "leaky_relu"), (True, "silu")):
+    for training, activation in ((True, "relu"), (False, "silu")):
         check_step(rng, x, channel_axis, training=training, activation=activation, residual=residual, what=activation)
 
 
@@ -66,7 +65,7 @@ def test_network_shapes_are_right(instruction_set, rng, channel_axis, shape):
 @data_dtypes
 def test_the_mask_has_the_right_bit_for_every_value(instruction_set, rng, dtype, channel_axis, activation):
     """Half of the values pass, at random: a bit in the place of another would show."""
-    sizes = (1, 3, 7, 8, 9, 15, 17, 31, 33, 64, 65)
+    sizes = (1, 3, 7, 8, 9, 17, 33, 64, 65)
     for channels, inner in itertools.product(sizes, sizes):
         shape = (3, channels, inner) if channel_axis == 1 else (3, inner, channels)
         x = np.zeros(shape, dtype)
@@ -298,7 +297,6 @@ def test_a_mask_needs_the_residual_no_longer(instruction_set, rng, dtype, how, a
     if how == "freed":
         alive = weakref.ref(given)
         del given
-        gc.collect()
         assert alive() is None, "the mask is there so that the residual need not be kept"
     elif how == "overwritten":
         given[...] = np.nan
@@ -314,7 +312,6 @@ def test_without_an_activation_the_residual_is_not_kept(rng):
     saved = pybn.batch_norm_forward(x, residual=residual, out=residual)[1]
     alive = weakref.ref(residual)
     del residual
-    gc.collect()
     assert alive() is None
     assert_same_bits(pybn.batch_norm_backward(dy, saved).dx, expected)
 
@@ -325,7 +322,6 @@ def test_a_smooth_activation_keeps_the_residual_alive(rng, activation):
     _, saved = pybn.batch_norm_forward(x, activation=activation, residual=residual)
     expected = pybn.batch_norm_backward(dy, saved)
     _, saved = pybn.batch_norm_forward(x, activation=activation, residual=residual.copy())
-    gc.collect()
     for ours, same in zip(pybn.batch_norm_backward(dy, saved), expected, strict=True):
         if same is not None:
             assert_same_bits(ours, same)

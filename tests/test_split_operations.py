@@ -35,7 +35,7 @@ def test_statistics_are_those_of_the_reference(instruction_set, rng, channel_axi
     assert count == x.size // shape[1]
 
 
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("channel_axis", [1, -1])
 @pytest.mark.parametrize("dtype", DTYPES)
