@@ -17,29 +17,39 @@ struct SumPair {
 };
 
 // Two sums per segment and channel. Their order is that of the segments, and so of the shape alone.
+//
+// Every segment's sums begin on lines of their own, and on pairs of lines, which the hardware fetches together: kernels
+// update them at every step, and threads that shared a line would wait for each other (NHWC statistics of 64 channels
+// took 1.0 copies instead of 0.5).
 class Partials {
  public:
   explicit Partials(const Partition& partition)
       : segments_(partition.segments()),
-        channels_(partition.extents.channels),
-        first_(segments_ * channels_),
-        second_(segments_ * channels_) {}
+        lines_((partition.extents.channels + kLineDoubles - 1) / kLineDoubles),
+        first_(segments_ * lines_),
+        second_(segments_ * lines_) {}
 
-  double* first(std::size_t segment, std::size_t channel) { return &first_[segment * channels_ + channel]; }
-  double* second(std::size_t segment, std::size_t channel) { return &second_[segment * channels_ + channel]; }
+  double* first(std::size_t segment, std::size_t channel) { return first_[segment * lines_].values + channel; }
+  double* second(std::size_t segment, std::size_t channel) { return second_[segment * lines_].values + channel; }
 
   SumPair total(std::size_t channel) const {
     SumPair total{0, 0};
+    const std::size_t line = channel / kLineDoubles, lane = channel % kLineDoubles;
     for (std::size_t segment = 0; segment < segments_; ++segment) {
-      total.first += first_[segment * channels_ + channel];
-      total.second += second_[segment * channels_ + channel];
+      total.first += first_[segment * lines_ + line].values[lane];
+      total.second += second_[segment * lines_ + line].values[lane];
     }
     return total;
   }
 
  private:
-  std::size_t segments_, channels_;
-  std::vector<double> first_, second_;
+  static constexpr std::size_t kLineDoubles = 16;
+  struct alignas(128) Line {
+    double values[kLineDoubles];
+  };
+
+  std::size_t segments_, lines_;
+  std::vector<Line> first_, second_;
 };
 
 // Tasks of a wave are numbered by segment, then by group of channels: neighbours in memory are neighbours in number.

@@ -48,12 +48,14 @@ enum class DType { float32, float64, float16, bfloat16 };
 
 std::optional<DType> dtype_of(const py::array& array) {
   const py::dtype dtype = array.dtype();
+  const char order = dtype.byteorder();  // '=' or '<' or '>'; '|' or '=' where there is none
+  constexpr char kForeign = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? '>' : '<';
+  if (order == kForeign) return std::nullopt;
   const int number = dtype.num();
-  if (number == bfloat16_number) return DType::bfloat16;
-  if (dtype.byteorder() != '=') return std::nullopt;
   if (number == py::dtype::num_of<float>()) return DType::float32;
   if (number == py::dtype::num_of<double>()) return DType::float64;
   if (number == 23 /* NPY_HALF */) return DType::float16;
+  if (number == bfloat16_number) return DType::bfloat16;
   if (dtype.kind() == 'V' && dtype.itemsize() == 2 && py::str(dtype.attr("name")).equal(py::str("bfloat16"))) {
     bfloat16_number = number;
     return DType::bfloat16;
@@ -125,7 +127,7 @@ class Problem {
         require(
             array->ndim() == first.ndim() && std::equal(array->shape(), array->shape() + array->ndim(), first.shape()),
             "shapes differ");
-        require(array->dtype().is(first.dtype()) || array->dtype().equal(first.dtype()), "dtypes differ");
+        require(array->dtype().is(first.dtype()) || dtype_of(*array) == dtype_of(first), "dtypes differ");
         arrays_.push_back(array);
       }
     std::optional<Layout> layout = layout_of(channel_axis, arrays_);
@@ -518,8 +520,7 @@ bool share_memory(const py::array& a, const py::array& b) {
 }
 
 bool is_same_kind(const py::array& a, const py::array& b) {
-  return a.ndim() == b.ndim() && std::equal(a.shape(), a.shape() + a.ndim(), b.shape()) &&
-         a.dtype().num() == b.dtype().num();
+  return a.ndim() == b.ndim() && std::equal(a.shape(), a.shape() + a.ndim(), b.shape()) && dtype_of(a) == dtype_of(b);
 }
 
 // The channel axis of x if all arguments of a forward pass are what they usually are, so that the checks of

@@ -17,30 +17,30 @@ PYBN_INLINE V constant(double value) {
   return v + static_cast<decltype(v[0] + 0)>(value);
 }
 
-// exp(x) for x <= 0, within 2 ULP: x = n * ln 2 + r, and Taylor's polynomial of r. Results below the smallest normal
-// number are 0.
+// 2^64 * exp(x) for x <= 0, within 2 ULP: x = n * ln 2 + r, and Taylor's polynomial of r. The factor keeps results
+// normal until exp(x) itself is less than the smallest subnormal number, which is 0.
 template <class A>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   static constexpr int kMantissa = 23, kDegree = 7;
-  static constexpr double kRound = 12582912.0 /* 1.5 * 2^23 */, kLeast = -87.33;
+  static constexpr double kRound = 12582912.0 /* 1.5 * 2^23 */, kLeast = -104;
   static constexpr double kLn2Hi = 0.693359375, kLn2Lo = -2.12194440054690583e-4;
-  static constexpr std::int32_t kOne = 0x3f800000;
+  static constexpr std::int32_t kFactor = 0x5f800000;  // 2^64
 };
 template <>
 struct ExpConstants<double> {
   static constexpr int kMantissa = 52, kDegree = 13;
-  static constexpr double kRound = 6755399441055744.0 /* 1.5 * 2^52 */, kLeast = -708.39;
+  static constexpr double kRound = 6755399441055744.0 /* 1.5 * 2^52 */, kLeast = -746;
   static constexpr double kLn2Hi = 0.693145751953125, kLn2Lo = 1.42860682030941723212e-6;
-  static constexpr std::int64_t kOne = 0x3ff0000000000000;
+  static constexpr std::int64_t kFactor = 0x43f0000000000000;
 };
 constexpr double kInverseFactorial[] = {
     1,         1,          1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,
     1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
 
 template <int N, class A>
-PYBN_INLINE Vec<A, N> exp_of_negative(Vec<A, N> x) {
+PYBN_INLINE Vec<A, N> scaled_exp(Vec<A, N> x) {
   using V = Vec<A, N>;
   using C = ExpConstants<A>;
   const V rounded = fma(x, constant<V>(1.44269504088896340736), constant<V>(C::kRound));
@@ -48,25 +48,28 @@ PYBN_INLINE Vec<A, N> exp_of_negative(Vec<A, N> x) {
   const V r = fma(n, constant<V>(-C::kLn2Lo), fma(n, constant<V>(-C::kLn2Hi), x));
   V p = constant<V>(kInverseFactorial[C::kDegree]);
   for (int k = C::kDegree - 1; k >= 0; --k) p = fma(p, r, constant<V>(kInverseFactorial[k]));
-  const V power = (V)(((Ints<A, N>)rounded << C::kMantissa) + C::kOne);  // 2^n: n is in the low bits of `rounded`
+  const V power = (V)(((Ints<A, N>)rounded << C::kMantissa) + C::kFactor);  // n is in the low bits of `rounded`
   return x < constant<V>(C::kLeast) ? V{} : p * power;
 }
 
-// 1 / (1 + exp(-z)) and its complement, neither of which cancels.
+// 1 / (1 + exp(-z)) = of_z * unit and its complement, neither of which cancels. Where it is small, unit is 2^-64, so
+// that a product with z, which may be a hundred times larger, underflows no sooner than it has to.
 template <class V>
 struct Sigmoid {
-  V of_z, of_minus_z;
+  V of_z, unit, of_minus_z;
 };
 template <int N, class A>
 PYBN_INLINE Sigmoid<Vec<A, N>> sigmoid(Vec<A, N> z) {
   using V = Vec<A, N>;
-  const V e = exp_of_negative<N, A>(z < V{} ? z : -z);
-  const V larger = 1 / (1 + e), smaller = e * larger;
-  return {z < V{} ? smaller : larger, z < V{} ? larger : smaller};
+  const V unit = constant<V>(0x1p-64);
+  const V scaled = scaled_exp<N, A>(z < V{} ? z : -z);
+  const V larger = 1 / (1 + scaled * unit), smaller = scaled * larger;
+  return {z < V{} ? smaller : larger, z < V{} ? unit : constant<V>(1), z < V{} ? larger : smaller * unit};
 }
 
 struct Identity {
-  static constexpr bool kReadsZ = false, kReadsResidual = false, kReadsMask = false;
+  static constexpr bool kReadsZ = false, kMayHaveResidual = false, kReadsResidual = false, kReadsMask = false;
+  static constexpr bool kIsRelu = false;
   template <class T>
   PYBN_INLINE explicit Identity(const Fusion<T>&) {}
 
@@ -81,7 +84,8 @@ struct Identity {
 };
 
 struct Relu {
-  static constexpr bool kReadsZ = true, kReadsResidual = false, kReadsMask = false;
+  static constexpr bool kReadsZ = true, kMayHaveResidual = false, kReadsResidual = false, kReadsMask = false;
+  static constexpr bool kIsRelu = true;
   template <class T>
   PYBN_INLINE explicit Relu(const Fusion<T>&) {}
 
@@ -102,7 +106,8 @@ struct Relu {
 
 // The backward pass of relu, relu6 and leaky_relu from the mask that the forward pass wrote.
 struct Masked {
-  static constexpr bool kReadsZ = false, kReadsResidual = false, kReadsMask = true;
+  static constexpr bool kReadsZ = false, kMayHaveResidual = true, kReadsResidual = false, kReadsMask = true;
+  static constexpr bool kIsRelu = false;
   bool is_leaky;
   double negative_slope;
   template <class T>
@@ -120,7 +125,9 @@ struct Masked {
 // each would double the size of the library.
 template <bool kWithResidual>
 struct Other {
-  static constexpr bool kReadsZ = true, kReadsResidual = kWithResidual, kReadsMask = false;
+  static constexpr bool kReadsZ = true, kMayHaveResidual = kWithResidual, kReadsResidual = kWithResidual,
+                        kReadsMask = false;
+  static constexpr bool kIsRelu = false;
   Activation activation;
   double negative_slope;
   template <class T>
@@ -135,8 +142,10 @@ struct Other {
         return z < V{} ? V{} : z > constant<V>(6) ? constant<V>(6) : z;
       case Activation::leaky_relu:
         return z < V{} ? z * constant<V>(negative_slope) : z;
-      case Activation::silu:
-        return z * sigmoid<N, A>(z).of_z;
+      case Activation::silu: {
+        const Sigmoid<V> s = sigmoid<N, A>(z);
+        return z * s.of_z * s.unit;
+      }
       case Activation::hardswish: {
         const V t = z + 3;
         return z * (t < V{} ? V{} : t > constant<V>(6) ? constant<V>(6) : t) * constant<V>(1. / 6);
@@ -148,7 +157,7 @@ struct Other {
   template <int N, class A>
   PYBN_INLINE Ints<A, N> passes(Vec<A, N> z) const {
     using V = Vec<A, N>;
-    if (activation == Activation::relu6) return ~((z <= V{}) | (z >= constant<V>(6)));
+    if (activation == Activation::relu6) return (z > V{}) & (z < constant<V>(6));
     return z > V{};  // leaky_relu
   }
   template <int N, class A>
@@ -156,15 +165,17 @@ struct Other {
     using V = Vec<A, N>;
     switch (activation) {
       case Activation::relu6:
-        return z <= V{} ? V{} : z >= constant<V>(6) ? V{} : dy;
+        return (z > V{}) & (z < constant<V>(6)) ? dy : V{};
       case Activation::leaky_relu:
         return z > V{} ? dy : dy * constant<V>(negative_slope);
       case Activation::silu: {
         const Sigmoid<V> s = sigmoid<N, A>(z);
-        return dy * (s.of_z * fma(z, s.of_minus_z, constant<V>(1)));
+        return dy * (s.of_z * fma(z, s.of_minus_z, constant<V>(1)) * s.unit);
       }
       case Activation::hardswish:
-        return z <= constant<V>(-3) ? V{} : z < constant<V>(3) ? dy * fma(z, constant<V>(1. / 3), constant<V>(.5)) : dy;
+        return z <= constant<V>(-3)  ? V{}
+               : z >= constant<V>(3) ? dy
+                                     : dy * fma(z, constant<V>(1. / 3), constant<V>(.5));
       default:
         return z <= V{} ? V{} : dy;
     }

@@ -38,11 +38,6 @@ struct AffineVectors {
   PYBN_INLINE Vec<A, N> apply(Vec<A, N> centered) const { return fma(centered, scale, shift); }
 };
 
-template <int N, class A>
-PYBN_INLINE AffineVectors<N, A> broadcast(Affine<A> a, std::size_t c) {
-  return {broadcast<N>(a.center_hi[c]), broadcast<N>(a.center_lo[c]), broadcast<N>(a.scale[c]),
-          broadcast<N>(a.shift[c])};
-}
 template <int N, class Lanes, class A>
 PYBN_INLINE AffineVectors<N, A> load(Lanes lanes, Affine<A> a, std::size_t c) {
   return {load<N>(lanes, a.center_hi + c), load<N>(lanes, a.center_lo + c), load<N>(lanes, a.scale + c),
@@ -54,11 +49,6 @@ struct GradientVectors {
   Vec<A, N> mean_dy, slope;
 };
 
-template <int N, class A>
-PYBN_INLINE GradientVectors<N, A> broadcast(const GradientAffine<A>* g, std::size_t c) {
-  if (!g) return {Vec<A, N>{}, Vec<A, N>{}};
-  return {broadcast<N>(g->mean_dy[c]), broadcast<N>(g->slope[c])};
-}
 template <int N, class Lanes, class A>
 PYBN_INLINE GradientVectors<N, A> load(Lanes lanes, const GradientAffine<A>* g, std::size_t c) {
   if (!g) return {Vec<A, N>{}, Vec<A, N>{}};
@@ -76,45 +66,63 @@ PYBN_INLINE void set_mask_bits(std::uint8_t* mask, std::size_t i, std::uint32_t 
   byte = static_cast<std::uint8_t>(i % kMaskValues == 0 ? bits : byte | bits << i % kMaskValues);
 }
 
-// y of the vector at position i of a plane or a row; its bits of the mask are written if there is one.
+// y of a vector, the i-th of a plane or a row, and its bits of the mask, if there is one.
 template <bool kResidual, int N, class Act, class Lanes, class T, class A>
 PYBN_INLINE void apply_forward(const Act& act, Lanes lanes, std::size_t i, const T* x, const T* residual,
                                std::uint8_t* mask, T* y, const AffineVectors<N, A>& a) {
-  Vec<A, N> z = a.apply(a.center(load<N>(lanes, x + i)));
+  Vec<A, N> z = a.apply(a.center(load<N>(lanes, x)));
   if constexpr (kResidual) {
-    z += load<N>(lanes, residual + i);
+    z += load<N>(lanes, residual);
     if constexpr (Act::kReadsZ)
       if (mask) set_mask_bits<N>(mask, i, bits_of(act.template passes<N, A>(z)));
   }
-  store<N>(lanes, y + i, act.template forward<N, A>(z));
+  store<N>(lanes, y, act.template forward<N, A>(z));
 }
 
-// dz of the vector at position i: dy passed back through the activation.
+// dz of a vector: dy passed back through the activation.
 template <int N, class Act, class Lanes, class T, class A>
 PYBN_INLINE Vec<A, N> backward_through(const Act& act, Lanes lanes, std::size_t i, const T* dy, const T* residual,
                                        const std::uint8_t* mask, Vec<A, N> centered, const AffineVectors<N, A>& a) {
-  const Vec<A, N> gradient = load<N>(lanes, dy + i);
+  const Vec<A, N> gradient = load<N>(lanes, dy);
   if constexpr (Act::kReadsMask) {
     return act.template backward_masked<N, A>(lanes_of<A, N>(mask_bits<N>(mask, i)), gradient);
   } else {
     Vec<A, N> z = a.apply(centered);
-    if constexpr (Act::kReadsResidual) z += load<N>(lanes, residual + i);
+    if constexpr (Act::kReadsResidual) z += load<N>(lanes, residual);
     return act.template backward<N, A>(z, gradient);
   }
 }
 
-// dx of the vector at position i, and dz, the gradient of the residual, if it is wanted.
+// The same, as a reduction adds it up.
+template <class Act, class Lanes, class T, class A>
+PYBN_INLINE Doubles wide_backward_through(const Act& act, Lanes lanes, std::size_t i, const T* dy, const T* x,
+                                          const T* residual, const std::uint8_t* mask,
+                                          const AffineVectors<kDoubles, A>& a) {
+  constexpr int N = kDoubles;
+  if constexpr (!Act::kReadsZ && !Act::kReadsMask) {
+    return load_wide(lanes, dy);
+  } else if constexpr (Act::kIsRelu) {
+    return load_wide_unless_negative(lanes, a.apply(a.center(load<N>(lanes, x))), dy);
+  } else {
+    Vec<A, N> centered{};
+    if constexpr (Act::kReadsZ) centered = a.center(load<N>(lanes, x));
+    return widen(backward_through(act, lanes, i, dy, residual, mask, centered, a));
+  }
+}
+
+// dx of a vector, and dz, the gradient of the residual, if it is wanted.
 template <bool kTraining, int N, class Act, class Lanes, class T, class A>
 PYBN_INLINE void apply_backward(const Act& act, Lanes lanes, std::size_t i, const T* dy, const T* x, const T* residual,
                                 const std::uint8_t* mask, T* dx, T* dresidual, const AffineVectors<N, A>& a,
                                 const GradientVectors<N, A>& g) {
-  const Vec<A, N> centered = a.center(load<N>(lanes, x + i));
+  const Vec<A, N> centered = a.center(load<N>(lanes, x));
   const Vec<A, N> dz = backward_through(act, lanes, i, dy, residual, mask, centered, a);
-  if (dresidual) store<N>(lanes, dresidual + i, dz);
+  if constexpr (Act::kMayHaveResidual)
+    if (dresidual) store<N>(lanes, dresidual, dz);
   if constexpr (kTraining)
-    store<N>(lanes, dx + i, fma(centered, g.slope, dz - g.mean_dy) * a.scale);
+    store<N>(lanes, dx, fma(centered, g.slope, dz - g.mean_dy) * a.scale);
   else
-    store<N>(lanes, dx + i, dz * a.scale);
+    store<N>(lanes, dx, dz * a.scale);
 }
 
 // Accumulators of one vector of channels or of values: the two sums that a statistics or a backward reduction needs.
@@ -138,196 +146,373 @@ struct SumPair {
 };
 
 // ---- planes
+//
+// Planes can be as short as 49 values, seven vectors, so what is done per plane is kept to a few instructions: what can
+// be is worked out per block, per group of channels or per span of planes.
 
-// One operand of a block of planes. Planes of neighbouring channels lie one after the other, in one run per outer
-// index; what lies ahead is further down the run or at the beginning of the next.
-template <class T>
-class Run {
- public:
-  PYBN_INLINE Run(Operand<T> operand, const Block& block, std::size_t o)
-      : run_(operand.at(o, 0, 0)),
-        next_(operand.at(o + 1 < block.outer ? o + 1 : o, 0, 0)),
-        length_(operand ? block.channels * block.inner : 0),
-        plane_(operand.channel_stride) {}
-
-  PYBN_INLINE T* plane(std::size_t c) const { return run_ + static_cast<std::ptrdiff_t>(c) * plane_; }
-
-  // The lines of `values` values, kAheadBytes after `offset` values into the run.
-  PYBN_INLINE void fetch(std::size_t offset, std::size_t values) const {
-    const std::size_t at = offset + kAheadBytes / sizeof(T);
-    const T* from = at < length_ ? run_ + at : next_ + (at - length_);
-    for (std::size_t i = 0; i < values; i += kLineBytes / sizeof(T)) __builtin_prefetch(from + i);
-  }
-
- private:
-  T *run_, *next_;
-  std::size_t length_;
-  std::ptrdiff_t plane_;
+// How the vectors of a stretch of values are taken.
+template <int N>
+struct Steps {
+  std::size_t unrolled, single, rest;
+  PYBN_INLINE explicit Steps(std::size_t values)
+      : unrolled(values / (kUnroll * N)), single(values % (kUnroll * N) / N), rest(values % N) {}
 };
 
-// Calls fetch(offset, values), then step(lanes, offset, u) for every vector of a plane. Successive steps have different
-// u < kUnroll.
-template <int N, class Fetch, class Step>
-PYBN_INLINE void for_each_vector(std::size_t count, Fetch fetch, Step step) {
+// The value of a constant as a type, so that a generic lambda can use it as one.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Calls fetch(offset), once for every cache line or more often, and step(lanes, offset, u) for every vector. `u` is a
+// Count below kUnroll; successive steps have different ones.
+template <class T, int N, class Fetch, class Step>
+PYBN_INLINE void for_each_vector(const Steps<N>& steps, Fetch fetch, Step step) {
+  constexpr std::size_t kLine = kLineBytes / sizeof(T);
+  static_assert(kUnroll == 4);
   std::size_t i = 0;
-  for (; i + kUnroll * N <= count; i += kUnroll * N) {
-    fetch(i, kUnroll * N);
-    for (int u = 0; u < kUnroll; ++u) step(Whole{}, i + u * N, u);
+  for (std::size_t n = steps.unrolled; n > 0; --n, i += kUnroll * N) {
+    for (std::size_t line = 0; line < kUnroll * N; line += kLine) fetch(i + line);
+    step(Whole{}, i, Count<0>{});
+    step(Whole{}, i + N, Count<1>{});
+    step(Whole{}, i + 2 * N, Count<2>{});
+    step(Whole{}, i + 3 * N, Count<3>{});
   }
-  if (i == count) return;
-  fetch(i, count - i);
-  for (; i + N <= count; i += N) step(Whole{}, i, 0);
-  if (i < count) step(First{count - i}, i, 1);
+  for (std::size_t n = steps.single; n > 0; --n, i += N) {
+    fetch(i);
+    step(Whole{}, i, Count<0>{});
+  }
+  if (steps.rest > 0) {
+    fetch(i);
+    step(First{steps.rest}, i, Count<1>{});
+  }
 }
 
-// Adds up every channel of a block in memory order, a group of channels at a time: plane(parts, o, c) adds a plane to
-// the kUnroll parts.
-template <class Plane>
-PYBN_INLINE void sum_over_planes(const Block& block, double* first, double* second, Plane plane) {
-  for (std::size_t begin = 0; begin < block.channels; begin += kGroup) {
-    const std::size_t channels = min(kGroup, block.channels - begin);
-    SumPair sums[kGroup];
-    for (std::size_t c = 0; c < channels; ++c) sums[c] = SumPair::zero();
-    for (std::size_t o = 0; o < block.outer; ++o)
-      for (std::size_t c = 0; c < channels; ++c) {
-        SumPair parts[kUnroll];
-        for (SumPair& part : parts) part = SumPair::zero();
-        plane(parts, o, begin + c);
-        parts[0] += parts[1];
-        parts[2] += parts[3];
-        parts[0] += parts[2];
-        sums[c] += parts[0];
-      }
-    for (std::size_t c = 0; c < channels; ++c) {
-      first[begin + c] = sum_of_lanes(sums[c].first);
-      second[begin + c] = sum_of_lanes(sums[c].second);
+// Neighbouring channels' planes lie one after the other, in one run of memory per outer index. A run is walked in
+// spans: whole planes, or a part of one, for which the same distance leads to what lies ahead. Most of a run has it
+// further down the run, the end of a run at the beginning of the next.
+template <int N>
+struct Span {
+  std::size_t channel, end_channel, inner;
+  Steps<N> steps;
+  std::ptrdiff_t ahead;  // in values
+  bool is_end;
+};
+
+template <class T, int N>
+class Spans {
+ public:
+  PYBN_INLINE explicit Spans(const Block& block) {
+    const std::size_t length = block.channels * block.inner, last = block.channels - 1;
+    const std::size_t end = min(length, kAheadBytes / sizeof(T));  // how much the end of a run is
+    if (end < block.inner) {
+      const std::size_t split = (block.inner - end) / (kUnroll * N) * (kUnroll * N);
+      add({0, last, 0, Steps<N>(block.inner), kAhead, false});
+      add({last, last + 1, 0, Steps<N>(split), kAhead, false});
+      add({last, last + 1, split, Steps<N>(block.inner - split), kAhead - as_signed(length), true});
+    } else {
+      const std::size_t split = (length - end) / block.inner;
+      add({0, split, 0, Steps<N>(block.inner), kAhead, false});
+      add({split, block.channels, 0, Steps<N>(block.inner), as_signed(end) - as_signed(length), true});
     }
   }
+  PYBN_INLINE const Span<N>* begin() const { return spans_; }
+  PYBN_INLINE const Span<N>* end() const { return spans_ + count_; }
+
+ private:
+  static constexpr std::ptrdiff_t kAhead = kAheadBytes / sizeof(T);
+
+  PYBN_INLINE static std::ptrdiff_t as_signed(std::size_t n) { return static_cast<std::ptrdiff_t>(n); }
+  PYBN_INLINE void add(const Span<N>& span) {
+    if (span.channel < span.end_channel) spans_[count_++] = span;
+  }
+
+  Span<N> spans_[3] = {empty(), empty(), empty()};
+  int count_ = 0;
+
+  PYBN_INLINE static Span<N> empty() { return {0, 0, 0, Steps<N>(0), 0, false}; }
+};
+
+// One operand, walked plane by plane along a span of the run of outer index o.
+template <class T>
+class Walk {
+ public:
+  template <int N>
+  PYBN_INLINE Walk(const Operand<T>& operand, const Block& block, std::size_t o, const Span<N>& span)
+      : at_(operand.at(o, span.channel, span.inner)),
+        ahead_(span.ahead + (span.is_end && o + 1 < block.outer ? operand.outer_stride : 0)),
+        stride_(operand.channel_stride) {}
+
+  PYBN_INLINE T* plane() const { return at_; }
+  PYBN_INLINE void fetch(std::size_t i) const { __builtin_prefetch(at_ + (ahead_ + static_cast<std::ptrdiff_t>(i))); }
+  PYBN_INLINE void next_plane() { at_ += stride_; }
+
+ private:
+  T* at_;
+  std::ptrdiff_t ahead_, stride_;
+};
+
+// Calls group(first, block) for every kGroup channels of a block.
+template <class Group>
+PYBN_INLINE void for_each_group(const Block& block, Group group) {
+  for (std::size_t first = 0; first < block.channels; first += kGroup)
+    group(first, Block{block.outer, min(kGroup, block.channels - first), block.inner});
 }
+template <class T>
+PYBN_INLINE Operand<T> from_channel(Operand<T> operand, std::size_t first) {
+  operand.data += static_cast<std::ptrdiff_t>(first) * operand.channel_stride;
+  return operand;
+}
+
+// The accumulators of a plane. Their index is a type, not a number, so that they are registers: GCC 12 keeps an array
+// that any loop indexes in memory.
+struct Parts {
+  SumPair part[kUnroll];
+
+  template <int U>
+  PYBN_INLINE SumPair& operator[](Count<U>) {
+    return part[U];
+  }
+  PYBN_INLINE SumPair total() const {
+    SumPair left = part[0], right = part[2];
+    left += part[1];
+    right += part[3];
+    left += right;
+    return left;
+  }
+};
+
+// Adds up every channel of a group in memory order: plane(parts, c) adds the next plane of a walk, channel c's.
+struct GroupSums {
+  SumPair sums[kGroup];
+
+  PYBN_INLINE explicit GroupSums(std::size_t channels) {
+    for (std::size_t c = 0; c < channels; ++c) sums[c] = SumPair::zero();
+  }
+  template <class Plane>
+  PYBN_INLINE void add(std::size_t c, Plane plane) {
+    Parts parts{{sums[c], SumPair::zero(), SumPair::zero(), SumPair::zero()}};
+    plane(parts);
+    sums[c] = parts.total();
+  }
+  PYBN_INLINE void store(std::size_t channels, double* first, double* second) const {
+    for (std::size_t c = 0; c < channels; ++c) {
+      first[c] = sum_of_lanes(sums[c].first);
+      second[c] = sum_of_lanes(sums[c].second);
+    }
+  }
+};
+
+// The maps of a group of channels, each channel's values side by side.
+template <class A>
+struct GroupMaps {
+  struct Map {
+    A center_hi, center_lo, scale, shift, mean_dy, slope;
+  } maps[kGroup];
+
+  PYBN_INLINE GroupMaps(std::size_t first, std::size_t channels, Affine<A> a, const GradientAffine<A>* g = nullptr) {
+    for (std::size_t c = 0; c < channels; ++c) {
+      const std::size_t from = first + c;
+      maps[c] = {a.center_hi[from], a.center_lo[from],          a.scale[from],
+                 a.shift[from],     g ? g->mean_dy[from] : A{}, g ? g->slope[from] : A{}};
+    }
+  }
+  template <int N>
+  PYBN_INLINE AffineVectors<N, A> affine(std::size_t c) const {
+    const Map& m = maps[c];
+    return {broadcast<N>(m.center_hi), broadcast<N>(m.center_lo), broadcast<N>(m.scale), broadcast<N>(m.shift)};
+  }
+  template <int N>
+  PYBN_INLINE GradientVectors<N, A> gradient(std::size_t c) const {
+    return {broadcast<N>(maps[c].mean_dy), broadcast<N>(maps[c].slope)};
+  }
+};
 
 struct Planes {
   template <class T>
-  static void stats(Block block, Operand<const T> x, const T* shift, double* sum, double* squares) noexcept {
-    sum_over_planes(block, sum, squares, [&](SumPair* sums, std::size_t o, std::size_t c) {
-      const Run<const T> x_run(x, block, o);
-      const T* x_plane = x_run.plane(c);
-      const Doubles wide_shift = widen(splat<kDoubles>(shift + static_cast<std::ptrdiff_t>(c) * x.channel_stride));
-      for_each_vector<kDoubles>(
-          block.inner,
-          [&](std::size_t i, std::size_t values) PYBN_INLINE_LAMBDA { x_run.fetch(c * block.inner + i, values); },
-          [&](auto lanes, std::size_t i, int u) {
-            const Doubles value = widen(load<kDoubles>(lanes, x_plane + i));
-            sums[u].add_shifted(lanes.or_else(value, wide_shift), wide_shift);
-          });
+  static void stats(Block whole, Operand<const T> all_x, const T* shift, double* sum, double* squares) noexcept {
+    constexpr int N = kDoubles;
+    for_each_group(whole, [&](std::size_t first, const Block& block) {
+      const Operand<const T> x = from_channel(all_x, first);
+      const T* group_shift = shift + static_cast<std::ptrdiff_t>(first) * x.channel_stride;
+      Doubles shifts[kGroup];
+      for (std::size_t c = 0; c < block.channels; ++c)
+        shifts[c] = widen(splat<N>(group_shift + static_cast<std::ptrdiff_t>(c) * x.channel_stride));
+      GroupSums sums(block.channels);
+      const Spans<T, N> spans(block);
+      for (std::size_t o = 0; o < block.outer; ++o)
+        for (const Span<N>& span : spans) {
+          Walk<const T> xs(x, block, o, span);
+          for (std::size_t c = span.channel; c < span.end_channel; ++c, xs.next_plane())
+            sums.add(c, [&](Parts& parts) {
+              const Doubles wide_shift = shifts[c];
+              for_each_vector<T>(
+                  span.steps, [&](std::size_t i) PYBN_INLINE_LAMBDA { xs.fetch(i); },
+                  [&](auto lanes, std::size_t i, auto u) {
+                    const Doubles value = load_wide(lanes, xs.plane() + i);
+                    parts[u].add_shifted(lanes.or_else(value, wide_shift), wide_shift);
+                  });
+            });
+        }
+      sums.store(block.channels, sum + first, squares + first);
     });
   }
 
   template <class Act, bool kResidual, class T>
-  static void elemt(Block block, Operand<const T> x, Operand<T> y, Affine<Arithmetic<T>> affine,
+  static void elemt(Block whole, Operand<const T> all_x, Operand<T> all_y, Affine<Arithmetic<T>> affine,
                     const Fusion<T>& fusion) noexcept {
     constexpr int N = kLanes<T>;
     const Act act(fusion);
-    for (std::size_t o = 0; o < block.outer; ++o) {
-      const Run<const T> x_run(x, block, o), residual_run(fusion.residual, block, o);
-      const Run<T> y_run(y, block, o);
-      for (std::size_t c = 0; c < block.channels; ++c) {
-        const auto a = broadcast<N>(affine, c);
-        const T *x_plane = x_run.plane(c), *residual_plane = kResidual ? residual_run.plane(c) : x_plane;
-        std::uint8_t* mask = fusion.mask ? fusion.mask.at(o, c) : nullptr;
-        T* y_plane = y_run.plane(c);
-        for_each_vector<N>(
-            block.inner,
-            [&](std::size_t i, std::size_t values) PYBN_INLINE_LAMBDA {
-              x_run.fetch(c * block.inner + i, values);
-              if (kResidual) residual_run.fetch(c * block.inner + i, values);
-              y_run.fetch(c * block.inner + i, values);
-            },
-            [&](auto lanes, std::size_t i, int) {
-              apply_forward<kResidual>(act, lanes, i, x_plane, residual_plane, mask, y_plane, a);
-            });
-      }
-    }
+    for_each_group(whole, [&](std::size_t first, const Block& block) {
+      const Operand<const T> x = from_channel(all_x, first);
+      const Operand<const T> residual = kResidual ? from_channel(fusion.residual, first) : x;
+      const Operand<T> y = from_channel(all_y, first);
+      const GroupMaps<Arithmetic<T>> maps(first, block.channels, affine);
+      const Spans<T, N> spans(block);
+      for (std::size_t o = 0; o < block.outer; ++o)
+        for (const Span<N>& span : spans) {
+          Walk<const T> xs(x, block, o, span), residuals(residual, block, o, span);
+          Walk<T> ys(y, block, o, span);
+          for (std::size_t c = span.channel; c < span.end_channel; ++c) {
+            const auto a = maps.template affine<N>(c);
+            std::uint8_t* mask = nullptr;
+            if (kResidual && Act::kReadsZ && fusion.mask)
+              mask = fusion.mask.at(o, first + c) + span.inner / kMaskValues;
+            for_each_vector<T>(
+                span.steps,
+                [&](std::size_t i) PYBN_INLINE_LAMBDA {
+                  xs.fetch(i);
+                  if (kResidual) residuals.fetch(i);
+                  ys.fetch(i);
+                },
+                [&](auto lanes, std::size_t i, auto) {
+                  apply_forward<kResidual>(act, lanes, i, xs.plane() + i, residuals.plane() + i, mask, ys.plane() + i,
+                                           a);
+                });
+            xs.next_plane();
+            residuals.next_plane();
+            ys.next_plane();
+          }
+        }
+    });
   }
 
   template <class Act, class T>
-  static void backward_reduce(Block block, Operand<const T> dy, Operand<const T> x, const double* mean,
+  static void backward_reduce(Block whole, Operand<const T> all_dy, Operand<const T> all_x, const double* mean,
                               Affine<Arithmetic<T>> affine, const Fusion<T>& fusion, double* sum_dy,
                               double* sum_dy_xmu) noexcept {
     constexpr int N = kDoubles;
     const Act act(fusion);
-    sum_over_planes(block, sum_dy, sum_dy_xmu, [&](SumPair* sums, std::size_t o, std::size_t c) {
-      const Run<const T> dy_run(dy, block, o), x_run(x, block, o), residual_run(fusion.residual, block, o);
-      const T *dy_plane = dy_run.plane(c), *x_plane = x_run.plane(c);
-      const T* residual_plane = Act::kReadsResidual ? residual_run.plane(c) : x_plane;
-      const std::uint8_t* mask = fusion.mask ? fusion.mask.at(o, c) : nullptr;
-      const auto a = broadcast<N>(affine, c);
-      const Doubles wide_mean = broadcast<N>(mean[c]);
-      for_each_vector<N>(
-          block.inner,
-          [&](std::size_t i, std::size_t values) PYBN_INLINE_LAMBDA {
-            dy_run.fetch(c * block.inner + i, values);
-            x_run.fetch(c * block.inner + i, values);
-            if (Act::kReadsResidual) residual_run.fetch(c * block.inner + i, values);
-          },
-          [&](auto lanes, std::size_t i, int u) {
-            const auto xv = load<N>(lanes, x_plane + i);
-            const auto dz = backward_through(act, lanes, i, dy_plane, residual_plane, mask, a.center(xv), a);
-            sums[u].add_gradient(lanes.or_else(widen(dz), Doubles{}), widen(xv), wide_mean);
-          });
+    for_each_group(whole, [&](std::size_t first, const Block& block) {
+      const Operand<const T> dy = from_channel(all_dy, first), x = from_channel(all_x, first);
+      const Operand<const T> residual = Act::kReadsResidual ? from_channel(fusion.residual, first) : x;
+      const GroupMaps<Arithmetic<T>> maps(first, block.channels, affine);
+      GroupSums sums(block.channels);
+      const Spans<T, N> spans(block);
+      for (std::size_t o = 0; o < block.outer; ++o)
+        for (const Span<N>& span : spans) {
+          Walk<const T> dys(dy, block, o, span), xs(x, block, o, span), residuals(residual, block, o, span);
+          for (std::size_t c = span.channel; c < span.end_channel; ++c) {
+            const auto a = maps.template affine<N>(c);
+            const Doubles wide_mean = broadcast<N>(mean[first + c]);
+            const std::uint8_t* mask = nullptr;
+            if (Act::kReadsMask) mask = fusion.mask.at(o, first + c) + span.inner / kMaskValues;
+            sums.add(c, [&](Parts& parts) {
+              for_each_vector<T>(
+                  span.steps,
+                  [&](std::size_t i) PYBN_INLINE_LAMBDA {
+                    dys.fetch(i);
+                    xs.fetch(i);
+                    if (Act::kReadsResidual) residuals.fetch(i);
+                  },
+                  [&](auto lanes, std::size_t i, auto u) {
+                    const T* x_at = xs.plane() + i;
+                    const Doubles dz =
+                        wide_backward_through(act, lanes, i, dys.plane() + i, x_at, residuals.plane() + i, mask, a);
+                    parts[u].add_gradient(lanes.or_else(dz, Doubles{}), load_wide(lanes, x_at), wide_mean);
+                  });
+            });
+            dys.next_plane();
+            xs.next_plane();
+            residuals.next_plane();
+          }
+        }
+      sums.store(block.channels, sum_dy + first, sum_dy_xmu + first);
     });
   }
 
   template <class Act, bool kTraining, class T>
-  static void backward_elemt(Block block, Operand<const T> dy, Operand<const T> x, Operand<T> dx, Operand<T> dresidual,
-                             Affine<Arithmetic<T>> affine, const GradientAffine<Arithmetic<T>>* gradient_affine,
-                             const Fusion<T>& fusion) noexcept {
+  static void backward_elemt(Block whole, Operand<const T> all_dy, Operand<const T> all_x, Operand<T> all_dx,
+                             Operand<T> all_dresidual, Affine<Arithmetic<T>> affine,
+                             const GradientAffine<Arithmetic<T>>* gradient_affine, const Fusion<T>& fusion) noexcept {
     constexpr int N = kLanes<T>;
     constexpr bool kReadsX = kTraining || Act::kReadsZ;
-    if (!kReadsX) x = dy;
     const Act act(fusion);
-    for (std::size_t o = 0; o < block.outer; ++o) {
-      const Run<const T> dy_run(dy, block, o), x_run(x, block, o), residual_run(fusion.residual, block, o);
-      const Run<T> dx_run(dx, block, o), dresidual_run(dresidual, block, o);
-      for (std::size_t c = 0; c < block.channels; ++c) {
-        const auto a = broadcast<N>(affine, c);
-        const auto g = broadcast<N>(gradient_affine, c);
-        const T *dy_plane = dy_run.plane(c), *x_plane = x_run.plane(c);
-        const T* residual_plane = Act::kReadsResidual ? residual_run.plane(c) : x_plane;
-        const std::uint8_t* mask = fusion.mask ? fusion.mask.at(o, c) : nullptr;
-        T *dx_plane = dx_run.plane(c), *dresidual_plane = dresidual ? dresidual_run.plane(c) : nullptr;
-        for_each_vector<N>(
-            block.inner,
-            [&](std::size_t i, std::size_t values) PYBN_INLINE_LAMBDA {
-              dy_run.fetch(c * block.inner + i, values);
-              if (kReadsX) x_run.fetch(c * block.inner + i, values);
-              if (Act::kReadsResidual) residual_run.fetch(c * block.inner + i, values);
-              dx_run.fetch(c * block.inner + i, values);
-              if (dresidual_plane) dresidual_run.fetch(c * block.inner + i, values);
-            },
-            [&](auto lanes, std::size_t i, int) {
-              apply_backward<kTraining>(act, lanes, i, dy_plane, x_plane, residual_plane, mask, dx_plane,
-                                        dresidual_plane, a, g);
-            });
-      }
-    }
+    const bool has_dresidual = Act::kMayHaveResidual && all_dresidual;
+    for_each_group(whole, [&](std::size_t first, const Block& block) {
+      const Operand<const T> dy = from_channel(all_dy, first), x = kReadsX ? from_channel(all_x, first) : dy;
+      const Operand<const T> residual = Act::kReadsResidual ? from_channel(fusion.residual, first) : dy;
+      const Operand<T> dx = from_channel(all_dx, first);
+      const Operand<T> dresidual = has_dresidual ? from_channel(all_dresidual, first) : dx;
+      const GroupMaps<Arithmetic<T>> maps(first, block.channels, affine, gradient_affine);
+      const Spans<T, N> spans(block);
+      for (std::size_t o = 0; o < block.outer; ++o)
+        for (const Span<N>& span : spans) {
+          Walk<const T> dys(dy, block, o, span), xs(x, block, o, span), residuals(residual, block, o, span);
+          Walk<T> dxs(dx, block, o, span), dresiduals(dresidual, block, o, span);
+          for (std::size_t c = span.channel; c < span.end_channel; ++c) {
+            const auto a = maps.template affine<N>(c);
+            const auto g = maps.template gradient<N>(c);
+            const std::uint8_t* mask = nullptr;
+            if (Act::kReadsMask) mask = fusion.mask.at(o, first + c) + span.inner / kMaskValues;
+            for_each_vector<T>(
+                span.steps,
+                [&](std::size_t i) PYBN_INLINE_LAMBDA {
+                  dys.fetch(i);
+                  if (kReadsX) xs.fetch(i);
+                  if (Act::kReadsResidual) residuals.fetch(i);
+                  dxs.fetch(i);
+                  if (Act::kMayHaveResidual) dresiduals.fetch(i);
+                },
+                [&](auto lanes, std::size_t i, auto) {
+                  apply_backward<kTraining>(act, lanes, i, dys.plane() + i, xs.plane() + i, residuals.plane() + i, mask,
+                                            dxs.plane() + i, has_dresidual ? dresiduals.plane() + i : nullptr, a, g);
+                });
+            dys.next_plane();
+            xs.next_plane();
+            residuals.next_plane();
+            dxs.next_plane();
+            dresiduals.next_plane();
+          }
+        }
+    });
   }
 };
 
 // ---- rows
 
-// Calls row(c, lanes) for every vector of N channels.
-template <int N, class Row>
-PYBN_INLINE void for_each_channel_vector(std::size_t channels, Row row) {
-  std::size_t c = 0;
-  for (; c + N <= channels; c += N) row(c, Whole{});
-  if (c < channels) row(c, First{channels - c});
-}
+// One operand of the rows that are taken together, walked along the channels.
+template <class T>
+class RowWalk {
+ public:
+  PYBN_INLINE RowWalk(const Operand<T>& operand, std::size_t o, std::ptrdiff_t rows_ahead)
+      : at_(operand.at(o, 0, 0)), stride_(operand.outer_stride), ahead_(rows_ahead * operand.outer_stride) {}
 
-// The value of a constant as a type, so that a generic lambda can use it as one.
-template <int R>
-struct Count {
-  static constexpr int value = R;
+  PYBN_INLINE T* row(int r) const { return at_ + r * stride_; }
+  PYBN_INLINE void fetch(int r) const { __builtin_prefetch(at_ + (r * stride_ + ahead_)); }
+  PYBN_INLINE void advance(std::size_t channels) { at_ += channels; }
+
+ private:
+  T* at_;
+  std::ptrdiff_t stride_, ahead_;
 };
+
+// Whole steps of kRows rows that are kAheadBytes or more.
+template <class T>
+PYBN_INLINE std::ptrdiff_t rows_ahead(const Block& block) {
+  const std::size_t bytes = kRows * block.channels * sizeof(T);
+  return static_cast<std::ptrdiff_t>(kRows * ((kAheadBytes + bytes - 1) / bytes));
+}
 
 // Calls rows(o, count) for kRows rows at a time, then for the rest one by one; `count` is a Count.
 template <class Rows>
@@ -337,40 +522,44 @@ PYBN_INLINE void for_each_rows(std::size_t outer, Rows rows) {
   for (; o < outer; ++o) rows(o, Count<1>{});
 }
 
-// What lies kAheadBytes or more ahead of a value, in whole steps of kRows rows.
-template <class T>
-PYBN_INLINE std::ptrdiff_t ahead(const Block& block, const Operand<T>& operand) {
-  const std::size_t bytes = kRows * block.channels * sizeof(T);
-  return static_cast<std::ptrdiff_t>(kRows * ((kAheadBytes + bytes - 1) / bytes)) * operand.outer_stride;
+// Calls vector(lanes, c) for every vector of N channels.
+template <int N, class Vector>
+PYBN_INLINE void for_each_channel_vector(std::size_t channels, Vector vector) {
+  std::size_t c = 0;
+  for (std::size_t n = channels / N; n > 0; --n, c += N) vector(Whole{}, c);
+  if (channels % N > 0) vector(First{channels % N}, c);
 }
 
-// Adds up every channel of a block of rows: add(sums, lanes, o, c) adds a vector of channels of row o.
-template <class Setup>
-PYBN_INLINE void sum_over_rows(const Block& block, double* first, double* second, Setup setup) {
+// The sums of a vector of channels, in memory between rows.
+template <class Lanes, class Add>
+PYBN_INLINE void add_to_sums(Lanes lanes, double* first, double* second, Add add) {
+  SumPair sums{load<kDoubles>(lanes, first), load<kDoubles>(lanes, second)};
+  add(sums);
+  store<kDoubles>(lanes, first, sums.first);
+  store<kDoubles>(lanes, second, sums.second);
+}
+PYBN_INLINE void set_to_zero(const Block& block, double* first, double* second) {
   for (std::size_t c = 0; c < block.channels; ++c) first[c] = second[c] = 0;
-  for_each_rows(block.outer, [&](std::size_t o, auto count) {
-    constexpr int R = decltype(count)::value;
-    for_each_channel_vector<kDoubles>(block.channels, [&](std::size_t c, auto lanes) {
-      SumPair sums{load<kDoubles>(lanes, first + c), load<kDoubles>(lanes, second + c)};
-      const auto add = setup(lanes, c);
-      for (int r = 0; r < R; ++r) add(sums, o + r);
-      store<kDoubles>(lanes, first + c, sums.first);
-      store<kDoubles>(lanes, second + c, sums.second);
-    });
-  });
 }
 
 struct Rows {
   template <class T>
   static void stats(Block block, Operand<const T> x, const T* shift, double* sum, double* squares) noexcept {
-    const std::ptrdiff_t x_ahead = ahead(block, x);
-    sum_over_rows(block, sum, squares, [&](auto lanes, std::size_t c) {
-      const Doubles wide_shift = widen(load<kDoubles>(lanes, shift + c));
-      return [=](SumPair& sums, std::size_t o) {
-        const T* from = x.at(o, c, 0);
-        __builtin_prefetch(from + x_ahead);
-        sums.add_shifted(widen(load<kDoubles>(lanes, from)), wide_shift);
-      };
+    constexpr int N = kDoubles;
+    const std::ptrdiff_t ahead = rows_ahead<T>(block);
+    set_to_zero(block, sum, squares);
+    for_each_rows(block.outer, [&](std::size_t o, auto count) {
+      RowWalk<const T> xs(x, o, ahead);
+      for_each_channel_vector<N>(block.channels, [&](auto lanes, std::size_t c) {
+        const Doubles wide_shift = widen(load<N>(lanes, shift + c));
+        add_to_sums(lanes, sum + c, squares + c, [&](SumPair& sums) {
+          for (int r = 0; r < decltype(count)::value; ++r) {
+            xs.fetch(r);
+            sums.add_shifted(load_wide(lanes, xs.row(r)), wide_shift);
+          }
+        });
+        xs.advance(N);
+      });
     });
   }
 
@@ -380,19 +569,23 @@ struct Rows {
     constexpr int N = kLanes<T>;
     const Act act(fusion);
     const Operand<const T> residual = kResidual ? fusion.residual : x;
-    const std::ptrdiff_t x_ahead = ahead(block, x), y_ahead = ahead(block, y), residual_ahead = ahead(block, residual);
+    const std::ptrdiff_t ahead = rows_ahead<T>(block);
     for_each_rows(block.outer, [&](std::size_t o, auto count) {
-      constexpr int R = decltype(count)::value;
-      for_each_channel_vector<N>(block.channels, [&](std::size_t c, auto lanes) {
+      RowWalk<const T> xs(x, o, ahead), residuals(residual, o, ahead);
+      RowWalk<T> ys(y, o, ahead);
+      for_each_channel_vector<N>(block.channels, [&](auto lanes, std::size_t c) {
         const auto a = load<N>(lanes, affine, c);
-        for (int r = 0; r < R; ++r) {
-          const T *from = x.at(o + r, 0, 0), *added = residual.at(o + r, 0, 0);
-          T* to = y.at(o + r, 0, 0);
-          __builtin_prefetch(from + c + x_ahead);
-          __builtin_prefetch(to + c + y_ahead);
-          if (kResidual) __builtin_prefetch(added + c + residual_ahead);
-          apply_forward<kResidual>(act, lanes, c, from, added, fusion.mask ? fusion.mask.at(o + r, 0) : nullptr, to, a);
+        for (int r = 0; r < decltype(count)::value; ++r) {
+          xs.fetch(r);
+          if (kResidual) residuals.fetch(r);
+          ys.fetch(r);
+          std::uint8_t* mask = nullptr;
+          if (kResidual && Act::kReadsZ && fusion.mask) mask = fusion.mask.at(o + r, 0);
+          apply_forward<kResidual>(act, lanes, c, xs.row(r), residuals.row(r), mask, ys.row(r), a);
         }
+        xs.advance(N);
+        residuals.advance(N);
+        ys.advance(N);
       });
     });
   }
@@ -404,22 +597,27 @@ struct Rows {
     constexpr int N = kDoubles;
     const Act act(fusion);
     const Operand<const T> residual = Act::kReadsResidual ? fusion.residual : x;
-    const Mask mask = fusion.mask;
-    const std::ptrdiff_t dy_ahead = ahead(block, dy), x_ahead = ahead(block, x);
-    const std::ptrdiff_t residual_ahead = ahead(block, residual);
-    sum_over_rows(block, sum_dy, sum_dy_xmu, [&](auto lanes, std::size_t c) {
-      const auto a = load<N>(lanes, affine, c);
-      const Doubles wide_mean = load<N>(lanes, mean + c);
-      return [=](SumPair& sums, std::size_t o) {
-        const T *dy_from = dy.at(o, 0, 0), *x_from = x.at(o, 0, 0), *added = residual.at(o, 0, 0);
-        __builtin_prefetch(dy_from + c + dy_ahead);
-        __builtin_prefetch(x_from + c + x_ahead);
-        if (Act::kReadsResidual) __builtin_prefetch(added + c + residual_ahead);
-        const auto xv = load<N>(lanes, x_from + c);
-        const auto dz =
-            backward_through(act, lanes, c, dy_from, added, mask ? mask.at(o, 0) : nullptr, a.center(xv), a);
-        sums.add_gradient(widen(dz), widen(xv), wide_mean);
-      };
+    const std::ptrdiff_t ahead = rows_ahead<T>(block);
+    set_to_zero(block, sum_dy, sum_dy_xmu);
+    for_each_rows(block.outer, [&](std::size_t o, auto count) {
+      RowWalk<const T> dys(dy, o, ahead), xs(x, o, ahead), residuals(residual, o, ahead);
+      for_each_channel_vector<N>(block.channels, [&](auto lanes, std::size_t c) {
+        const auto a = load<N>(lanes, affine, c);
+        const Doubles wide_mean = load<N>(lanes, mean + c);
+        add_to_sums(lanes, sum_dy + c, sum_dy_xmu + c, [&](SumPair& sums) {
+          for (int r = 0; r < decltype(count)::value; ++r) {
+            dys.fetch(r);
+            xs.fetch(r);
+            if (Act::kReadsResidual) residuals.fetch(r);
+            const std::uint8_t* mask = Act::kReadsMask ? fusion.mask.at(o + r, 0) : nullptr;
+            const Doubles dz = wide_backward_through(act, lanes, c, dys.row(r), xs.row(r), residuals.row(r), mask, a);
+            sums.add_gradient(dz, load_wide(lanes, xs.row(r)), wide_mean);
+          }
+        });
+        dys.advance(N);
+        xs.advance(N);
+        residuals.advance(N);
+      });
     });
   }
 
@@ -432,23 +630,30 @@ struct Rows {
     if (!kReadsX) x = dy;
     const Act act(fusion);
     const Operand<const T> residual = Act::kReadsResidual ? fusion.residual : x;
-    const std::ptrdiff_t dy_ahead = ahead(block, dy), x_ahead = ahead(block, x), dx_ahead = ahead(block, dx);
-    const std::ptrdiff_t residual_ahead = ahead(block, residual);
+    const bool has_dresidual = Act::kMayHaveResidual && dresidual;
+    if (!has_dresidual) dresidual = dx;
+    const std::ptrdiff_t ahead = rows_ahead<T>(block);
     for_each_rows(block.outer, [&](std::size_t o, auto count) {
-      constexpr int R = decltype(count)::value;
-      for_each_channel_vector<N>(block.channels, [&](std::size_t c, auto lanes) {
+      RowWalk<const T> dys(dy, o, ahead), xs(x, o, ahead), residuals(residual, o, ahead);
+      RowWalk<T> dxs(dx, o, ahead), dresiduals(dresidual, o, ahead);
+      for_each_channel_vector<N>(block.channels, [&](auto lanes, std::size_t c) {
         const auto a = load<N>(lanes, affine, c);
         const auto g = load<N>(lanes, gradient_affine, c);
-        for (int r = 0; r < R; ++r) {
-          const T *dy_from = dy.at(o + r, 0, 0), *x_from = x.at(o + r, 0, 0), *added = residual.at(o + r, 0, 0);
-          T *to = dx.at(o + r, 0, 0), *dz_to = dresidual ? dresidual.at(o + r, 0, 0) : nullptr;
-          __builtin_prefetch(dy_from + c + dy_ahead);
-          if (kReadsX) __builtin_prefetch(x_from + c + x_ahead);
-          if (Act::kReadsResidual) __builtin_prefetch(added + c + residual_ahead);
-          __builtin_prefetch(to + c + dx_ahead);
-          apply_backward<kTraining>(act, lanes, c, dy_from, x_from, added,
-                                    fusion.mask ? fusion.mask.at(o + r, 0) : nullptr, to, dz_to, a, g);
+        for (int r = 0; r < decltype(count)::value; ++r) {
+          dys.fetch(r);
+          if (kReadsX) xs.fetch(r);
+          if (Act::kReadsResidual) residuals.fetch(r);
+          dxs.fetch(r);
+          if (Act::kMayHaveResidual) dresiduals.fetch(r);
+          const std::uint8_t* mask = Act::kReadsMask ? fusion.mask.at(o + r, 0) : nullptr;
+          apply_backward<kTraining>(act, lanes, c, dys.row(r), xs.row(r), residuals.row(r), mask, dxs.row(r),
+                                    has_dresidual ? dresiduals.row(r) : nullptr, a, g);
         }
+        dys.advance(N);
+        xs.advance(N);
+        residuals.advance(N);
+        dxs.advance(N);
+        dresiduals.advance(N);
       });
     });
   }

@@ -376,6 +376,33 @@ PYBN_INLINE Vec<Arithmetic<T>, N> splat(const T* from) {
     return broadcast<N>(*from);
 }
 
+// ---- loads of what a reduction adds up
+
+template <class Lanes, class T>
+PYBN_INLINE Doubles load_wide(Lanes lanes, const T* from) {
+  return widen(load<kDoubles>(lanes, from));
+}
+#if defined(__AVX512F__)
+// Converting from memory takes half of what converting from a register does, where it is even worth loading twice. The
+// compiler would merge the two loads if it knew that both pointers are the same.
+PYBN_INLINE Doubles load_wide(Whole, const float* from) {
+  asm("" : "+r"(from));
+  return (Doubles)_mm512_cvtps_pd(_mm256_loadu_ps(from));
+}
+#endif
+
+// The same, 0 where z <= 0.
+template <class Lanes, class T, class V>
+PYBN_INLINE Doubles load_wide_unless_negative(Lanes lanes, V z, const T* from) {
+  return widen(z <= V{} ? V{} : load<kDoubles>(lanes, from));
+}
+#if defined(__AVX512F__)
+PYBN_INLINE Doubles load_wide_unless_negative(Whole, Vec<float, 8> z, const float* from) {
+  const __mmask8 lanes = _mm256_cmp_ps_mask((__m256)z, _mm256_setzero_ps(), _CMP_NLE_UQ);
+  return (Doubles)_mm512_maskz_cvtps_pd(lanes, _mm256_loadu_ps(from));
+}
+#endif
+
 // ---- lanes
 
 // One bit per lane of a comparison, and back.

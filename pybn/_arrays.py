@@ -43,9 +43,10 @@ def as_plain_array(name: str, value: npt.ArrayLike) -> Array:
 def as_data_array(name: str, value: npt.ArrayLike) -> Array:
     """`value` as a plain ndarray of native float32, float64, float16 or bfloat16; a view wherever possible."""
     array = _as_native(name, value, _DATA)
-    # The type that ml_dtypes registers with NumPy, which need not be imported to be recognized.
-    if array.dtype in _DATA or array.dtype.name == "bfloat16":
+    if array.dtype in _DATA:
         return array
+    if array.dtype.name == "bfloat16":  # of ml_dtypes, which need not be imported to be recognized
+        return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     raise TypeError(f"{name} has dtype {array.dtype}, expected float32, float64, float16 or bfloat16")
 
 
@@ -192,8 +193,8 @@ def output(name: str, value: Any, x: Array, inputs: dict[str, Array | None]) -> 
         raise TypeError(f"{name} is a masked array, whose mask would be ignored; pass {name}.data")
     if value.shape != x.shape:
         raise ValueError(f"{name} has shape {shape_text(value.shape)}, expected {shape_text(x.shape)}, the shape of x")
-    if value.dtype != x.dtype:
-        raise TypeError(f"{name} has dtype {value.dtype}, expected {x.dtype}, the dtype of x")
+    if value.dtype != x.dtype or not value.dtype.isnative:
+        raise TypeError(f"{name} has dtype {value.dtype.str}, expected {x.dtype}, the dtype of x")
     array = np.asarray(value)
     _require_writable(name, array, "results are written to it")
     for other, given in inputs.items():
@@ -223,14 +224,24 @@ def overlaps_in_part(a: Array, b: Array) -> bool:
 
 def positive(name: str, value: float) -> float:
     """A finite number > 0."""
-    if _is_real(value):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if 0 < number < math.inf:
-            return number
+    if type(value) is float and 0 < value < math.inf:  # the usual case
+        return value
+    if _is_real(value) and 0 < value and _as_float(value) < math.inf:
+        return _as_float(value)
     raise ValueError(f"{name} is {value!r}, expected a finite number > 0")
+
+
+def _finite(name: str, value: float) -> float:
+    if _is_real(value) and math.isfinite(number := _as_float(value)):
+        return number
+    raise ValueError(f"{name} is {value!r}, expected a finite number")
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer
+        return math.inf
 
 
 def flag(name: str, value: bool) -> bool:
@@ -242,6 +253,8 @@ def flag(name: str, value: bool) -> bool:
 
 def factor(momentum: float | None) -> float:
     """The weight of a new batch in the running statistics."""
+    if type(momentum) is float and 0 <= momentum <= 1:  # the usual case
+        return momentum
     if momentum is None:
         raise ValueError(
             "momentum is None, which means a cumulative average; only a layer, which counts its batches, can keep one"
@@ -264,9 +277,7 @@ def activation(name: str | None, negative_slope: float) -> tuple[int, float]:
         index = _ACTIVATIONS[name]
     except (KeyError, TypeError):
         raise ValueError(f"activation is {name!r}, expected one of {', '.join(map(repr, _ACTIVATIONS))}") from None
-    if not _is_real(negative_slope) or not math.isfinite(negative_slope):
-        raise ValueError(f"negative_slope is {negative_slope!r}, expected a finite number")
-    return index, float(negative_slope)
+    return index, _finite("negative_slope", negative_slope)
 
 
 def _require_several_values(x: Array, axis: int) -> None:
