@@ -55,10 +55,16 @@ def package(session: nox.Session) -> None:
 
 @nox.session
 def benchmarks(session: nox.Session) -> None:
-    """The table of the README, then every benchmark under pytest-benchmark."""
-    session.install(".[test]")
-    session.run("python", "benchmarks/ratios.py", *session.posargs)
-    session.run("pytest", "benchmarks", "--benchmark-only")
+    """Every table and the picture of `pybn bench`, with all peers: a quarter of an hour; or what follows `--`."""
+    session.install(".[test,peers]")
+    session.run("pybn", "bench", *(session.posargs or ["--json", "bench.json", "--plot", "bench.png"]))
+
+
+@nox.session
+def regressions(session: nox.Session) -> None:
+    """Whether pybn has become slower than benchmarks/baseline.json says, on the machine that wrote it."""
+    session.install(".[bench]")
+    session.run("pybn", "bench", "--compare", "benchmarks/baseline.json", *session.posargs)
 
 
 @nox.session

@@ -574,6 +574,26 @@ py::ssize_t usual_channel_axis(py::handle x_argument, py::handle axis_argument, 
   return axis;
 }
 
+// Whether a backward pass has what it usually has: dy like x, both plain, and no out.
+bool has_usual_gradient(py::handle dy_argument, py::handle x_argument) {
+  const std::optional<py::array> dy = usual_array(dy_argument), x = usual_array(x_argument);
+  return dy && x && x->size() > 0 && is_same_kind(*dy, *x) && dtype_of(*x);
+}
+
+// The gradient of a parameter from the float64 sums, times `factors` if there are any; beyond float32 it is infinite.
+py::array parameter_gradient(const Doubles& sums, const std::optional<Doubles>& factors, bool is_double) {
+  const auto channels = static_cast<std::size_t>(sums.size());
+  const double *from = doubles(sums, channels), *factor = factors ? doubles(*factors, channels) : nullptr;
+  const auto fill = [&](auto result) {
+    auto* to = result.mutable_data();
+    for (std::size_t c = 0; c < channels; ++c)
+      to[c] = static_cast<std::decay_t<decltype(*to)>>(factor ? from[c] * factor[c] : from[c]);
+    return py::array(std::move(result));
+  };
+  if (is_double) return fill(Doubles(sums.size()));
+  return fill(py::array_t<float>(sums.size()));
+}
+
 // The yardstick of the benchmarks: memcpy on the threads that a kernel would use.
 void copy(const py::array& from, py::array to) {
   require(from.nbytes() == to.nbytes() && (from.flags() & py::array::c_style) && (to.flags() & py::array::c_style),
@@ -626,6 +646,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("layout", layout, "axis"_a);
   m.def("usual_channel_axis", &usual_channel_axis, "x"_a, "channel_axis"_a, "training"_a, "weight"_a, "bias"_a,
         "running_mean"_a, "running_var"_a, "residual"_a, "out"_a);
+  m.def("has_usual_gradient", &has_usual_gradient, "dy"_a, "x"_a);
+  m.def("parameter_gradient", &parameter_gradient, "sums"_a, "factors"_a, "is_double"_a);
   m.def("stats", &stats, "x"_a, "axis"_a);
   m.def("forward", &forward, "x"_a, "y"_a, "axis"_a, "weight"_a, "bias"_a, "running_mean"_a, "running_var"_a,
         py::arg("counter").noconvert(), "training"_a, "momentum"_a, "eps"_a, "activation"_a, "residual"_a,

@@ -18,20 +18,20 @@ PYBN_INLINE V constant(double value) {
 }
 
 // 2^64 * exp(x) for x <= 0, within 2 ULP: x = n * ln 2 + r, and Taylor's polynomial of r. The factor keeps results
-// normal until exp(x) itself is less than the smallest subnormal number, which is 0.
+// normal until even x * exp(x) rounds to 0.
 template <class A>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   static constexpr int kMantissa = 23, kDegree = 7;
-  static constexpr double kRound = 12582912.0 /* 1.5 * 2^23 */, kLeast = -104;
+  static constexpr double kRound = 12582912.0 /* 1.5 * 2^23 */, kLeast = -120;
   static constexpr double kLn2Hi = 0.693359375, kLn2Lo = -2.12194440054690583e-4;
   static constexpr std::int32_t kFactor = 0x5f800000;  // 2^64
 };
 template <>
 struct ExpConstants<double> {
   static constexpr int kMantissa = 52, kDegree = 13;
-  static constexpr double kRound = 6755399441055744.0 /* 1.5 * 2^52 */, kLeast = -746;
+  static constexpr double kRound = 6755399441055744.0 /* 1.5 * 2^52 */, kLeast = -752;
   static constexpr double kLn2Hi = 0.693145751953125, kLn2Lo = 1.42860682030941723212e-6;
   static constexpr std::int64_t kFactor = 0x43f0000000000000;
 };

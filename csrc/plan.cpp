@@ -27,7 +27,7 @@ constexpr std::size_t kRunBytes = 65536;
 constexpr std::size_t kRowRun = 64;
 
 // Work of less than this is done sooner than another thread wakes (about 10 us).
-constexpr std::size_t kSerialBytes = 1 << 17;
+constexpr std::size_t kSerialBytes = 1 << 18;
 
 // What an application moves per task: enough to hide the cost of taking a task, little enough to balance two threads.
 constexpr std::size_t kApplicationBytes = 1 << 18;
@@ -115,8 +115,10 @@ Plan plan_reduction(const Extents& e, std::size_t bytes_per_value) {
 
 Plan plan_application(const Extents& e, std::size_t bytes_per_value) {
   const int threads = threads_for(e, bytes_per_value);
-  // Whole bytes of a mask, in planes and in rows.
-  const std::size_t values = kApplicationBytes / bytes_per_value / kMaskValues * kMaskValues;
+  // In planes and in rows a task has whole bytes of a mask.
+  const std::size_t most = kApplicationBytes / bytes_per_value;
+  const std::size_t share = ceil_div(e.outer * e.channels * e.inner, balanced_tasks(threads));
+  const std::size_t values = round_up(std::min(most, share), kMaskValues);
   const std::size_t inner_step = std::min(e.inner, values);
   const std::size_t group = std::clamp<std::size_t>(values / inner_step, 1, e.channels);
   const std::size_t outer_step = std::max<std::size_t>(1, values / (inner_step * group));

@@ -226,7 +226,7 @@ def positive(name: str, value: float) -> float:
     """A finite number > 0."""
     if type(value) is float and 0 < value < math.inf:  # the usual case
         return value
-    if _is_real(value) and 0 < value and _as_float(value) < math.inf:
+    if _is_real(value) and value > 0 and _as_float(value) < math.inf:
         return _as_float(value)
     raise ValueError(f"{name} is {value!r}, expected a finite number > 0")
 

@@ -1,4 +1,4 @@
-"""The compiled core: per-channel results are float64 of shape (2, C); arrays must be what `pybn._arrays` lets through."""
+"""The compiled core: per-channel results are float64 (2, C), arrays must be what `pybn._arrays` lets through."""
 
 from typing import Any
 
@@ -28,6 +28,8 @@ def usual_channel_axis(
     residual: object,
     out: object,
 ) -> int: ...
+def has_usual_gradient(dy: object, x: object) -> bool: ...
+def parameter_gradient(sums: _Doubles, factors: _Doubles | None, is_double: bool) -> _Array: ...
 def stats(x: _Array, axis: int) -> _Doubles: ...
 def forward(
     x: _Array,

@@ -271,12 +271,15 @@ def _require_finite(x: Array, axis: int) -> None:
         )
 
 
+_ALL_WANTED = (True, True, True, True)
+
+
 def batch_norm_backward(
-    dy: npt.ArrayLike,
+    dy: Any,
     saved: Saved,
     *,
     out: Array | None = None,
-    output_mask: tuple[bool, ...] = (True, True, True, True),
+    output_mask: tuple[bool, ...] = _ALL_WANTED,
 ) -> Gradients:
     """Gradients of `batch_norm_forward`.
 
@@ -316,7 +319,9 @@ def batch_norm_backward(
             f'residual was overwritten by a pass with out=residual, and "{saved.activation}" needs it again, '
             "expected passes with another out, or none"
         )
-    dy = _arrays.like("dy", dy, x)
+    is_usual = out is None and _core.has_usual_gradient(dy, x)  # see forward()
+    if not is_usual:
+        dy = _arrays.like("dy", dy, x)
     wants_dx, wants_dweight, wants_dbias, wants_dresidual = _output_mask(output_mask)
     wants_dweight = wants_dweight and saved._weight_dtype is not None
     wants_dbias = wants_dbias and saved._bias_dtype is not None
@@ -328,45 +333,49 @@ def batch_norm_backward(
     act = _arrays.activation(saved.activation, saved.negative_slope)
     normalization = saved._normalization
 
-    dx: Array | None = None
-    dresidual: Array | None = None
+    dx = dresidual = sums = None
     if wants_dresidual and saved.activation is None:
         dresidual = dy.copy() if out is not None and np.may_share_memory(dy, out) else dy
-    sums = np.zeros((2, x.shape[axis]))
+    wants_dz = wants_dresidual and saved.activation is not None
     if x.size == 0:
         dx = (np.empty_like(x) if out is None else out) if wants_dx else None
         dresidual = np.empty_like(x) if wants_dresidual else None
-    elif wants_dx or (wants_dresidual and dresidual is None):
-        result = _arrays.Result(axis, out, *_present(x, dy, residual))
-        x, dy, *rest = result.inputs
-        residual = rest[0] if rest else None
+        sums = np.zeros((2, x.shape[axis]))
+    elif wants_dx or wants_dz:
+        if is_usual and residual is None:
+            result, target = None, _core.empty_like(x)
+        else:
+            result = _arrays.Result(axis, out, *_present(x, dy, residual))
+            x, dy, *rest = result.inputs
+            residual, target = rest[0] if rest else None, result.target
         if _is_overwritten(x, out):
             saved._x = None  # before the first byte of it changes
         if residual is not None and _is_overwritten(residual, out):
             saved._residual = None
-        if wants_dresidual and dresidual is None:
-            dresidual = _core.empty_like(result.target)
-        dz = None if saved.activation is None else dresidual
+        dz = _core.empty_like(target) if wants_dz else None
         if saved.training or wants_dweight or wants_dbias:
-            sums = _core.backward(
-                dy, x, result.target, dz, axis, normalization, act, residual, saved._mask, saved.training
-            )
+            sums = _core.backward(dy, x, target, dz, axis, normalization, act, residual, saved._mask, saved.training)
         else:
-            _core.backward_elemt(dy, x, result.target, dz, axis, normalization, act, residual, saved._mask, None)
-        dx = result.finish() if wants_dx else None
+            _core.backward_elemt(dy, x, target, dz, axis, normalization, act, residual, saved._mask, None)
+        if wants_dz:
+            dresidual = dz
+        if wants_dx:
+            dx = target if result is None else result.finish()
     elif wants_dweight or wants_dbias:
         x, dy, *rest = _arrays.for_kernels(axis, *_present(x, dy, residual))
         sums = _core.backward_reduce(dy, x, axis, normalization, act, rest[0] if rest else None, saved._mask)
     dweight = dbias = None
-    with np.errstate(over="ignore"):  # a sum beyond float32 becomes Inf, as in PyTorch
+    if sums is not None:
         if wants_dweight:
-            dweight = (sums[1] * saved.invstd).astype(saved._weight_dtype)
+            dweight = _core.parameter_gradient(sums[1], saved.invstd, saved._weight_dtype == np.float64)
         if wants_dbias:
-            dbias = sums[0].astype(saved._bias_dtype)
+            dbias = _core.parameter_gradient(sums[0], None, saved._bias_dtype == np.float64)
     return Gradients(dx, dweight, dbias, dresidual)
 
 
 def _output_mask(mask: tuple[bool, ...]) -> tuple[bool, bool, bool, bool]:
+    if mask is _ALL_WANTED:
+        return _ALL_WANTED
     try:
         dx, dweight, dbias, *rest = (bool(wanted) for wanted in mask)
         (dresidual,) = rest or (True,)
