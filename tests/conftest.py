@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
+import reference
 from hypothesis import settings
 
 import pybn
@@ -33,7 +35,16 @@ NETWORK_SHAPES = {
     "rows, many channels": (1100, 200, 1, 1),
 }
 
-RELATIVE = {np.float32: 1e-6, np.float64: 1e-13}
+BFLOAT16 = ml_dtypes.bfloat16
+HALF_DTYPES = (np.float16, BFLOAT16)
+DATA_DTYPES = (np.float32, np.float64, *HALF_DTYPES)
+
+# Of the arithmetic, which is float32 for half data, and of the one rounding of half data at its end.
+RELATIVE = {np.float32: 1e-6, np.float64: 1e-13, np.float16: 1e-6, BFLOAT16: 1e-6}
+ROUNDING = {np.float32: 0, np.float64: 0, np.float16: 2**-11, BFLOAT16: 2**-8}
+
+data_dtypes = pytest.mark.parametrize("dtype", DATA_DTYPES, ids=lambda dtype: dtype.__name__)
+half_dtypes = pytest.mark.parametrize("dtype", HALF_DTYPES, ids=lambda dtype: dtype.__name__)
 
 
 @pytest.fixture(params=_core.available_instruction_sets())
@@ -68,7 +79,8 @@ def images(rng, shape, dtype=np.float32, channel_axis=1):
 
 
 def parameters(rng, channels, dtype=np.float32):
-    """Weight, bias, running mean and running variance."""
+    """Weight, bias, running mean and running variance; float32 for half data."""
+    dtype = np.float32 if dtype in HALF_DTYPES else dtype
     return (
         rng.uniform(0.5, 2, channels).astype(dtype),
         rng.uniform(-1, 1, channels).astype(dtype),
@@ -77,10 +89,19 @@ def parameters(rng, channels, dtype=np.float32):
     )
 
 
-def assert_close(actual, expected, dtype, what=""):
-    """Equal up to rounding, for values of the order of one (or larger, relatively)."""
-    tolerance = RELATIVE[np.dtype(dtype).type]
-    np.testing.assert_allclose(actual, expected, rtol=4 * tolerance, atol=4 * tolerance, err_msg=str(what))
+def assert_close(actual, expected, dtype, what="", roundings=1):
+    """Equal up to rounding, for values of the order of one (or larger, relatively).
+
+    Two `roundings` if `expected` is rounded to a half type as `actual` is.
+    """
+    kind = np.dtype(dtype).type
+    rtol, atol = 4 * RELATIVE[kind] + roundings * ROUNDING[kind], 4 * RELATIVE[kind]
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    if actual.shape == expected.shape:  # a third of the time of asking NumPy's test every time
+        with np.errstate(invalid="ignore"):
+            if np.all(np.abs(actual - expected) <= atol + rtol * np.abs(expected)):
+                return
+    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol, err_msg=str(what))
 
 
 def assert_same_bits(actual, expected, what=""):
@@ -90,6 +111,55 @@ def assert_same_bits(actual, expected, what=""):
     assert actual.tobytes() == expected.tobytes(), (
         f"{what}: {np.sum(actual != expected)} of {actual.size} values differ"
     )
+
+
+def check_step(rng, x, channel_axis=1, *, training=True, activation=None, negative_slope=0.01, residual=None, what=""):
+    """One forward and one backward pass against the float64 reference: all that they return and all that they update.
+
+    The gradient is zero beside the kinks of the activation, where rounding decides which derivative is right.
+    """
+    channels = x.shape[channel_axis]
+    weight, bias, mean, var = parameters(rng, channels, x.dtype)
+    batch_mean, batch_var = reference.stats(x, channel_axis)
+    used = (batch_mean, batch_var) if training else (mean, var)
+    z = reference.normalize(x, *used, weight, bias, residual=residual, channel_axis=channel_axis)
+    dy = rng.standard_normal(x.shape).astype(x.dtype)
+    dy[reference.near_a_kink(z, activation)] = 0
+
+    running_mean, running_var = mean.copy(), var.copy()
+    with unchanged(x, residual, weight, bias, dy):
+        y, saved = pybn.batch_norm_forward(
+            x, weight, bias, running_mean, running_var, training=training, activation=activation,
+            negative_slope=negative_slope, residual=residual, channel_axis=channel_axis,
+        )  # fmt: skip
+        got = pybn.batch_norm_backward(dy, saved)
+
+    assert y.dtype == got.dx.dtype == x.dtype, what
+    assert y.shape == got.dx.shape == x.shape, what
+    assert_close(y, reference.activate(z, activation, negative_slope), x.dtype, what)
+    if training:
+        count = x.size // channels
+        assert_close(running_mean, reference.running(mean, batch_mean), mean.dtype, what)
+        assert_close(running_var, reference.running(var, reference.unbiased(batch_var, count)), var.dtype, what)
+    else:
+        assert_same_bits(running_mean, mean, what)
+        assert_same_bits(running_var, var, what)
+
+    active = reference.derivative(z, activation, negative_slope)
+    expected = reference.backward(dy, x, *used, weight, 1e-5, training, channel_axis, active=active)
+    # dx is a difference of three terms of the order of weight * invstd * dy, which the absolute tolerance is for.
+    unit = 4 * np.maximum(1, weight / np.sqrt(used[1] + 1e-5))
+    unit = unit if channel_axis == -1 else unit.reshape(-1, *[1] * (x.ndim - 2))
+    assert_close(got.dx / unit, expected.dx / unit, x.dtype, what)
+    per_value = channels / x.size
+    assert got.dweight.dtype == got.dbias.dtype == weight.dtype, what
+    assert_close(got.dweight * per_value, expected.dweight * per_value, weight.dtype, what)
+    assert_close(got.dbias * per_value, expected.dbias * per_value, weight.dtype, what)
+    if residual is None:
+        assert got.dresidual is None, what
+    else:
+        assert got.dresidual.dtype == x.dtype, what
+        assert_close(got.dresidual, dy.astype(np.float64) * active, x.dtype, what)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,14 @@
-"""Batch normalization in float64, written as the formulas are, and the units that errors are measured in."""
+"""Batch normalization in float64, written as the formulas are, and the units that errors are measured in.
+
+Activations are checked against PyTorch's, and everything else through it, in test_torch_oracle.py.
+"""
 
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
+
+ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "hardswish")
 
 
 def _by_channel(x, channel_axis):
@@ -26,14 +32,67 @@ def stats(x, channel_axis=1):
     return mean[:, 0], ((values - mean) ** 2).mean(1)
 
 
-def normalize(x, mean, var, weight=None, bias=None, eps=1e-5, activation=None, channel_axis=1):
+def sigmoid(z):
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-z))
+
+
+def activate(z, activation=None, negative_slope=0.01):
+    """In the type of z, so that a longdouble can be the reference of float64."""
+    with np.errstate(invalid="ignore"):  # inf * 0 is NaN, as in PyTorch
+        return {
+            None: lambda: z,
+            "relu": lambda: np.maximum(z, 0),
+            "relu6": lambda: np.clip(z, 0, 6),
+            "leaky_relu": lambda: np.where(z > 0, z, negative_slope * z),
+            "silu": lambda: z * sigmoid(z),
+            "hardswish": lambda: z * np.clip(z + 3, 0, 6) / 6,
+        }[activation]()
+
+
+def derivative(z, activation=None, negative_slope=0.01):
+    """Of the activation; at its kinks and at NaN what PyTorch takes."""
+    with np.errstate(invalid="ignore"):
+        return {
+            None: lambda: np.ones_like(z),
+            "relu": lambda: np.where(z <= 0, 0.0, 1.0),
+            "relu6": lambda: np.where((z > 0) & (z < 6), 1.0, 0.0),
+            "leaky_relu": lambda: np.where(z > 0, 1.0, negative_slope),
+            "silu": lambda: sigmoid(z) * (1 + z * (1 - sigmoid(z))),
+            "hardswish": lambda: np.where(z <= -3, 0, np.where(z >= 3, 1, z / 3 + 0.5)),
+        }[activation]()
+
+
+KINKS = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,), "hardswish": (-3, 3)}
+
+
+def near_a_kink(z, activation, distance=1e-4):
+    """Where rounding z may take it to the other side of a kink, and so change the derivative."""
+    return np.any([np.abs(z - kink) < distance for kink in KINKS.get(activation, ())], axis=0)
+
+
+def normalize(
+    x,
+    mean,
+    var,
+    weight=None,
+    bias=None,
+    eps=1e-5,
+    activation=None,
+    channel_axis=1,
+    negative_slope=0.01,
+    residual=None,
+):
+    """The output; without an activation, z."""
     mean, var = _along_channels(mean, x, channel_axis), _along_channels(var, x, channel_axis)
     y = (np.asarray(x, np.float64) - mean) / np.sqrt(var + eps)
     if weight is not None:
         y = y * _along_channels(weight, x, channel_axis)
     if bias is not None:
         y = y + _along_channels(bias, x, channel_axis)
-    return np.maximum(y, 0) if activation == "relu" else y
+    if residual is not None:
+        y = y + np.asarray(residual, np.float64)
+    return activate(y, activation, negative_slope)
 
 
 def running(old, new, momentum=0.1):
@@ -52,7 +111,7 @@ class Gradients(NamedTuple):
 
 
 def backward(dy, x, mean, var, weight=None, eps=1e-5, training=True, channel_axis=1, active=True):
-    """Gradients; `active` is where the activation passes its gradient on."""
+    """Gradients; `active` is the derivative of the activation. That of a residual is dy * active."""
     dz = np.asarray(dy, np.float64) * active
     xmu = np.asarray(x, np.float64) - _along_channels(mean, x, channel_axis)
     invstd = 1 / np.sqrt(np.asarray(var, np.float64) + eps)
@@ -75,3 +134,25 @@ def error_in_ulp(actual, expected, scale=1.0):
     actual = np.asarray(actual)
     error = np.abs(actual.astype(np.float64) - expected)
     return float(np.max(error / (np.finfo(actual.dtype).eps * np.maximum(np.abs(expected), scale)), initial=0))
+
+
+def spacing(values, dtype):
+    """Between the numbers of a type (float16, bfloat16, ...) at real values."""
+    info = ml_dtypes.finfo(dtype)
+    _, exponents = np.frexp(values)
+    return np.ldexp(np.ones_like(values), np.maximum(exponents - 1, info.minexp) - info.nmant)
+
+
+def error_in_spacings(actual, expected, slack=0.0):
+    """The largest error beyond `slack`, in spacings of the actual type at the expected value: 0.5 if rounded right.
+
+    Expected values that round to infinity must be infinite.
+    """
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    unit = spacing(expected, actual.dtype)
+    largest = float(ml_dtypes.finfo(actual.dtype).max)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(actual.astype(expected.dtype) - expected)
+        overflows = np.abs(expected) + slack >= largest + unit / 2
+        error[overflows & (np.sign(expected) * np.inf == actual.astype(expected.dtype))] = 0
+    return float(np.max((error - slack) / unit, initial=0))

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import reference
-from conftest import assert_close, assert_same_bits, images, parameters
+from conftest import BFLOAT16, assert_close, assert_same_bits, data_dtypes, half_dtypes, images, parameters
 
 import pybn
 
@@ -61,9 +61,18 @@ def test_a_layer_has_only_what_it_was_asked_to_have():
         ({"momentum": 1.5}, ValueError, r"momentum is 1\.5, expected a number in \[0, 1\]"),
         ({"momentum": np.nan}, ValueError, "momentum is nan, expected a number"),
         ({"momentum": "0.1"}, ValueError, "momentum is '0.1', expected a number"),
-        ({"activation": "gelu"}, ValueError, "activation is 'gelu', expected one of None, 'relu'"),
+        (
+            {"activation": "gelu"},
+            ValueError,
+            "activation is 'gelu', expected one of None, 'relu', 'relu6', 'leaky_relu'",
+        ),
+        ({"negative_slope": np.nan}, ValueError, "negative_slope is nan, expected a finite number"),
+        ({"negative_slope": -np.inf}, ValueError, "negative_slope is -inf, expected a finite number"),
+        ({"negative_slope": "0.1"}, ValueError, r"negative_slope is '0\.1', expected a finite number"),
+        ({"negative_slope": None}, ValueError, "negative_slope is None, expected a finite number"),
         ({"channel_axis": 2}, ValueError, "channel_axis is 2, expected 1 .* or -1"),
         ({"dtype": np.float16}, TypeError, "dtype is float16, expected float32 or float64"),
+        ({"dtype": BFLOAT16}, TypeError, "dtype is bfloat16, expected float32 or float64"),
         ({"dtype": int}, TypeError, "dtype is int64, expected float32 or float64"),
         ({"dtype": ">f4"}, TypeError, "dtype is >f4, expected float32 or float64"),
     ],
@@ -89,6 +98,104 @@ def test_repr_says_how_to_make_the_layer_again():
         "activation='relu', channel_axis=-1)"
     )
     assert repr(eval(text, vars(pybn))) == text
+
+
+@pytest.mark.parametrize("negative_slope", [0.01, 0.25, -1, 0, np.float32(0.5)])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_repr_keeps_the_activation_and_its_slope(activation, negative_slope):
+    layer = pybn.BatchNorm2d(3, activation=activation, negative_slope=negative_slope)
+    twin = eval(repr(layer), vars(pybn))
+    assert twin.activation == layer.activation == activation
+    assert layer.negative_slope == negative_slope
+    if activation == "leaky_relu":
+        assert twin.negative_slope == negative_slope
+        assert repr(twin) == repr(layer)
+
+
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channel_axis", [1, -1])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@data_dtypes
+def test_a_layer_computes_what_the_functions_do(rng, dtype, activation, channel_axis, training, with_residual):
+    x, residual, dy = (images(rng, (4, 5, 6, 7), dtype, channel_axis) for _ in range(3))
+    residual = residual if with_residual else None
+    weight, bias, mean, var = parameters(rng, 5)
+    options = {"activation": activation, "negative_slope": 0.2, "channel_axis": channel_axis}
+    layer = pybn.BatchNorm2d(5, **options).train(training)
+    layer.weight[...], layer.bias[...], layer.running_mean[...], layer.running_var[...] = weight, bias, mean, var
+    y, saved = pybn.batch_norm_forward(x, weight, bias, mean, var, training=training, residual=residual, **options)
+    expected = pybn.batch_norm_backward(dy, saved)
+    assert_same_bits(layer(x, residual=residual), y)
+    got = layer.backward(dy)
+    if with_residual:
+        dx, dresidual = got
+        assert_same_bits(dresidual, expected.dresidual)
+    else:
+        dx = got
+    assert_same_bits(dx, expected.dx)
+    assert_same_bits(layer.weight_grad, expected.dweight)
+    assert_same_bits(layer.bias_grad, expected.dbias)
+    assert_same_bits(layer.running_mean, mean)
+    assert_same_bits(layer.running_var, var)
+
+
+@layer_types
+@half_dtypes
+def test_half_data_train_a_layer_of_float32(rng, layer_type, dtype):
+    layer = layer_type(5, activation="silu")
+    x = images(rng, SHAPES[layer_type], dtype)
+    batch_mean, batch_var = reference.stats(x)
+    assert_close(layer(x), reference.normalize(x, batch_mean, batch_var, activation="silu"), dtype)
+    assert layer.backward(x).dtype == dtype
+    assert {getattr(layer, name).dtype for name in (*STATE[:4], "weight_grad", "bias_grad")} == {np.dtype(np.float32)}
+    assert_close(layer.running_mean, 0.1 * batch_mean, np.float32)
+    assert layer.eval()(x).dtype == dtype
+
+
+def test_out_may_be_the_residual_in_a_layer(rng):
+    x, residual, dy = (images(rng, SHAPES[pybn.BatchNorm2d]) for _ in range(3))
+    layer, twin = (pybn.BatchNorm2d(5, activation="relu") for _ in range(2))
+    expected, gradients = twin(x, residual=residual.copy()), twin.backward(dy)
+    assert layer(x, residual=residual, out=residual) is residual
+    assert_same_bits(residual, expected)
+    for ours, same in zip(layer.backward(dy), gradients, strict=True):
+        assert_same_bits(ours, same)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda r: r[1:], ValueError, r"residual has shape \(3, 5, 6, 7\), expected \(4, 5, 6, 7\), the shape of x"),
+        (lambda r: r[:, :1], ValueError, "residual has shape .*, the shape of x"),
+        (lambda r: r.astype(np.float64), TypeError, "residual has dtype float64, expected float32, the dtype of x"),
+        (lambda r: r.astype(np.float16), TypeError, "residual has dtype float16, expected float32, the dtype of x"),
+        (lambda r: r > 0, TypeError, "residual has dtype bool, expected float32"),
+        (lambda r: np.ma.masked_array(r), TypeError, "residual is a masked array"),
+    ],
+    ids=["cut", "broadcast", "wide", "half", "bool", "masked"],
+)
+def test_a_bad_residual_is_refused_and_changes_nothing(rng, spoil, error, message):
+    layer = pybn.BatchNorm2d(5)
+    x = images(rng, SHAPES[pybn.BatchNorm2d])
+    layer(x)
+    before = everything(layer)
+    with pytest.raises(error, match="^" + message):
+        layer(x, residual=spoil(x))
+    assert_unchanged(layer, before)
+
+
+def test_a_layer_without_a_residual_forgets_the_last_one(rng):
+    """Calls with and without a residual may alternate; backward belongs to the last."""
+    x, residual, dy = (images(rng, SHAPES[pybn.BatchNorm2d]) for _ in range(3))
+    layer = pybn.BatchNorm2d(5, activation="hardswish")
+    layer(x, residual=residual)
+    layer(x)
+    plain = layer.backward(dy)
+    assert isinstance(plain, np.ndarray)
+    layer(x, residual=residual)
+    dx, dresidual = layer.backward(dy)
+    assert dx.shape == dresidual.shape == x.shape
 
 
 @layer_types
@@ -338,13 +445,14 @@ def test_reset_restores_the_beginning(rng):
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_a_copy_computes_the_same(rng, duplicate):
-    layer = pybn.BatchNorm2d(5, momentum=None, activation="relu", dtype=np.float64)
+    layer = pybn.BatchNorm2d(5, momentum=None, activation="leaky_relu", negative_slope=-0.75, dtype=np.float64)
     x = images(rng, SHAPES[pybn.BatchNorm2d])
     layer(x)
     layer.backward(x)
     layer(x)
     twin = duplicate(layer)
     assert repr(twin) == repr(layer)
+    assert (twin.activation, twin.negative_slope) == ("leaky_relu", -0.75)
     assert_unchanged(twin, everything(layer))
     with pytest.raises(RuntimeError):
         twin.backward(x)
@@ -466,7 +574,7 @@ def test_parameters_of_the_layer_itself_can_be_swapped_by_loading():
     assert_same_bits(layer.bias, np.ones(2, np.float32))
 
 
-@pytest.mark.parametrize("dtype", [None, "foo", np.float16, np.int32])
+@pytest.mark.parametrize("dtype", [None, "foo", np.float16, BFLOAT16, np.int32])
 def test_a_dtype_without_kernels_is_refused_by_name(dtype):
     with pytest.raises(TypeError, match=r"dtype is .*, expected float32 or float64"):
         pybn.BatchNorm2d(3, dtype=dtype)

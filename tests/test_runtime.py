@@ -1,12 +1,17 @@
 """Threads, processes, signals, memory and the environment."""
 
 import concurrent.futures
+import contextlib
 import ctypes
+import itertools
+import queue
+import random
 
 import numpy as np
 import pytest
+import reference
 import threadpoolctl
-from conftest import assert_same_bits, images, parameters, run_python, unchanged
+from conftest import DATA_DTYPES, assert_same_bits, images, parameters, run_python, unchanged
 
 import pybn
 from pybn import _core
@@ -259,6 +264,131 @@ def test_the_cache_keeps_to_its_limit_and_can_be_emptied(rng, empty_cache):
     assert _core.cache_statistics()[0] == 0
 
 
+def test_threads_that_make_and_drop_results_at_once_never_share_memory(rng, empty_cache):
+    """Each thread holds some results of several sizes, drops them in an order of its own, and hands some to others."""
+    _core.set_cache_limit(2**24)
+    inputs = [images(rng, (n, 16, 64, 65)) for n in (4, 8, 9, 12)]  # 1 to 3.2 MB
+    handed_over = queue.SimpleQueue()
+
+    def work(seed):
+        draw = random.Random(seed)
+        held = []
+        for _ in range(30):
+            i = draw.randrange(4)
+            y = pybn.batch_norm(inputs[i], np.full(16, float(seed)), np.full(16, 0.75), eps=0.25)
+            held.append((i, seed, y))
+            if draw.random() < 0.2:
+                handed_over.put(held.pop())
+            if draw.random() < 0.2 and not handed_over.empty():
+                with contextlib.suppress(queue.Empty):
+                    held.append(handed_over.get_nowait())
+            while len(held) > 3:
+                i, shift, y = held.pop(draw.randrange(len(held)))
+                np.testing.assert_array_equal(y, inputs[i] - np.float32(shift))
+            if draw.random() < 0.05:
+                pybn.empty_cache()
+        for i, shift, y in held:
+            np.testing.assert_array_equal(y, inputs[i] - np.float32(shift))
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(1, 9)))
+    while not handed_over.empty():
+        i, shift, y = handed_over.get()
+        np.testing.assert_array_equal(y, inputs[i] - np.float32(shift))
+    assert _core.cache_statistics()[0] <= 2**24
+
+
+RESIDENT = """
+import os
+import numpy as np, pybn
+
+def resident():
+    "Bytes of memory that the process has."
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+x = np.ones((64, 16, 128, 128), np.float32)
+x[::2] = 2
+size = x.nbytes  # 67 MB
+pybn.batch_norm(x[:1], None, None, training=True)  # threads and what else comes with the first call
+before = resident()
+"""
+
+
+@pytest.mark.skipif("not sys.platform.startswith('linux')", reason="reads /proc")
+def test_memory_of_results_is_given_back(tmp_path):
+    code = """
+results = [pybn.batch_norm(x, None, None, training=True) for _ in range(3)]
+assert resident() - before > 2.9 * size
+kept = results[1][5:6]
+del results
+assert pybn._core.cache_statistics()[0] >= 2 * size
+pybn.empty_cache()
+assert resident() - before < 1.1 * size, "of three results, the one of which there is a view is left"
+assert abs(float(kept.mean()) + 1) < 1e-3 or abs(float(kept.mean()) - 1) < 1e-3
+del kept
+pybn.empty_cache()
+print(resident() - before < 0.1 * size)
+"""
+    assert run_python(RESIDENT + code, tmp_path) == "True"
+
+
+@pytest.mark.skipif("not sys.platform.startswith('linux')", reason="reads /proc")
+def test_without_a_cache_memory_is_given_back_at_once(tmp_path):
+    code = """
+for _ in range(3):
+    y, saved = pybn.batch_norm_forward(x, residual=x, activation="relu")
+    gradients = pybn.batch_norm_backward(y, saved)
+    del y, saved, gradients
+    assert resident() - before < 0.1 * size
+print(pybn._core.cache_statistics()[0])
+"""
+    assert run_python(RESIDENT + code, tmp_path, {"PYBN_CACHE_BYTES": "0"}) == "0"
+
+
+def test_results_may_outlive_everything(tmp_path):
+    """Arrays that the interpreter frees after pybn's modules are gone, in cycles and in the globals of others."""
+    code = """
+import sys
+import numpy as np, pybn
+x = np.ones((8, 16, 64, 65), np.float32)
+sys.kept = pybn.batch_norm(x, None, None, training=True)
+class Node: pass
+node = Node()
+node.self, node.y = node, pybn.batch_norm(x, None, None, training=True)
+np.kept = [pybn.batch_norm(x, None, None, training=True)[::2] for _ in range(3)]
+expected = sys.kept.sum()
+for name in [name for name in sys.modules if name.startswith("pybn")]:
+    del sys.modules[name]
+del pybn, node
+np.kept.pop()
+print(sys.kept.sum() == expected, sys.kept.sum())
+"""
+    assert run_python(code, tmp_path) == "True 0.0"
+
+
+def test_a_forked_child_may_drop_the_results_of_its_parent(tmp_path):
+    code = """
+y = pybn.batch_norm(x, None, None, training=True)
+spare = pybn.batch_norm(x, None, None, training=True)
+expected = y.copy()
+del spare  # to the cache, of which the child gets a copy
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    del y
+    z = [pybn.batch_norm(x + 1, None, None, training=True) for _ in range(3)]
+    z[0][...] = z[1][...] = z[2][...] = np.nan
+    pybn.empty_cache()
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+z = pybn.batch_norm(x, None, None, training=True)
+assert y.tobytes() == z.tobytes() == expected.tobytes()
+"""
+    assert run_python(FORK + code, tmp_path, FOUR_THREADS) == "0"
+
+
 # ---- environment ----------------------------------------------------------------------------------------------------
 
 
@@ -419,10 +549,13 @@ def test_the_floating_point_environment_is_left_alone(instruction_set, rng):
     x[:, 1, 0, 0] = np.inf
     x[:, 2, 0, 0] = np.nan
     x[:, 3] *= 1e30
+    with np.errstate(over="ignore"):
+        inputs = [x.astype(dtype) for dtype in DATA_DTYPES]
     with np.errstate(all="raise"):
-        y, saved = pybn.batch_norm_forward(x, activation="relu")
-        pybn.batch_norm_backward(x, saved)
-        pybn.batch_norm(y, np.zeros(4), np.ones(4))
+        for given, activation in itertools.product(inputs, reference.ACTIVATIONS):
+            y, saved = pybn.batch_norm_forward(given, activation=activation, residual=given)
+            pybn.batch_norm_backward(given, saved)
+            pybn.batch_norm(y, np.zeros(4), np.ones(4), activation=activation)
     assert libm.fegetround() == rounding
     assert np.float32(2e-41) * np.float32(0.5) == np.float32(1e-41) != 0
 

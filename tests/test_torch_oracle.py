@@ -7,13 +7,19 @@ import warnings
 
 import numpy as np
 import pytest
+import reference
 import torch
 import torch.nn.functional
-from conftest import assert_same_bits, images, parameters
+from conftest import BFLOAT16, assert_same_bits, data_dtypes, images, parameters
 
 import pybn
 
-TOLERANCE = {np.float32: {"rtol": 1.3e-6, "atol": 1e-5}, np.float64: {"rtol": 1e-7, "atol": 1e-7}}  # torch's own
+TOLERANCE = {  # torch's own
+    np.float32: {"rtol": 1.3e-6, "atol": 1e-5},
+    np.float64: {"rtol": 1e-7, "atol": 1e-7},
+    np.float16: {"rtol": 1e-3, "atol": 1e-5},
+    BFLOAT16: {"rtol": 1.6e-2, "atol": 1e-5},
+}
 LAYERS = {
     "1d, two axes": (pybn.BatchNorm1d, torch.nn.BatchNorm1d, (16, 5)),
     "1d, three axes": (pybn.BatchNorm1d, torch.nn.BatchNorm1d, (6, 5, 7)),
@@ -23,14 +29,90 @@ LAYERS = {
 
 
 def tensor(array, requires_grad=False):
-    return None if array is None else torch.from_numpy(array.copy()).requires_grad_(requires_grad)
+    """A copy; its strides are those of the array."""
+    if array is None:
+        return None
+    array = array.copy(order="K")
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).requires_grad_(requires_grad)
+    return torch.from_numpy(array).requires_grad_(requires_grad)
+
+
+def numpy_of(tensor):
+    """The array in the memory of a tensor."""
+    tensor = tensor.detach()
+    return tensor.view(torch.int16).numpy().view(BFLOAT16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def assert_like_torch(ours, theirs, what=""):
-    theirs = theirs.detach().numpy()
+    theirs = numpy_of(theirs)
     assert ours.dtype == theirs.dtype, what
     assert ours.shape == theirs.shape, what
-    np.testing.assert_allclose(ours, theirs, **TOLERANCE[ours.dtype.type], err_msg=str(what))
+    np.testing.assert_allclose(
+        ours.astype(np.float64), theirs.astype(np.float64), **TOLERANCE[ours.dtype.type], err_msg=str(what)
+    )
+
+
+ACTIVATIONS = {
+    None: lambda z, slope: z,
+    "relu": lambda z, slope: torch.relu(z),
+    "relu6": lambda z, slope: torch.nn.functional.relu6(z),
+    "leaky_relu": torch.nn.functional.leaky_relu,
+    "silu": lambda z, slope: torch.nn.functional.silu(z),
+    "hardswish": lambda z, slope: torch.nn.functional.hardswish(z),
+}
+
+# Kinks, their neighbours, zeros of both signs, and what exp cannot represent.
+SPECIAL_VALUES = np.array(
+    [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-40, 1, -1, 20, -20, 88, -88, 89, -89, 104, -104, 709, -709, 750]
+    + [-750, 1e30, -1e30, 3e38, -3e38]
+    + [
+        f(k)
+        for k in (3.0, -3.0, 6.0, -6.0)
+        for f in (float, lambda k: np.nextafter(k, 9), lambda k: np.nextafter(k, -9))
+    ]
+)
+
+
+# ---- the reference itself -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("negative_slope", [0.01, 0.0, -0.5, 1.0, 3.0])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_the_activations_of_the_reference_and_their_derivatives_are_those_of_torch(rng, activation, negative_slope):
+    z = np.concatenate([SPECIAL_VALUES, rng.uniform(-10, 10, 999)])
+    tz = tensor(z, requires_grad=True)
+    ty = ACTIVATIONS[activation](tz, negative_slope)
+    (gradient,) = torch.autograd.grad(ty.sum(), tz)
+    np.testing.assert_allclose(reference.activate(z, activation, negative_slope), ty.detach(), rtol=1e-14)
+    np.testing.assert_allclose(reference.derivative(z, activation, negative_slope), gradient, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channel_axis", [1, -1])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_the_reference_of_a_whole_step_is_torch(rng, activation, channel_axis, training):
+    x, residual = (images(rng, (4, 5, 6, 7), np.float64, channel_axis) for _ in range(2))
+    dy = rng.standard_normal(x.shape)
+    weight, bias, mean, var = parameters(rng, 5, np.float64)
+    tx, tr, tw, tb = (tensor(a, requires_grad=True) for a in (x, residual, weight, bias))
+    tz = torch.nn.functional.batch_norm(tx.movedim(channel_axis, 1), tensor(mean), tensor(var), tw, tb, training)
+    ty = ACTIVATIONS[activation](tz.movedim(1, channel_axis) + tr, 0.2)
+    ty.backward(tensor(dy))
+
+    used = reference.stats(x, channel_axis) if training else (mean, var)
+    options = {"channel_axis": channel_axis, "residual": residual, "negative_slope": 0.2}
+    y = reference.normalize(x, *used, weight, bias, activation=activation, **options)
+    np.testing.assert_allclose(y, ty.detach(), rtol=1e-12, atol=1e-13)
+    active = reference.derivative(reference.normalize(x, *used, weight, bias, **options), activation, 0.2)
+    got = reference.backward(dy, x, *used, weight, training=training, channel_axis=channel_axis, active=active)
+    np.testing.assert_allclose(got.dx, tx.grad, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(got.dweight, tw.grad, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(got.dbias, tb.grad, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(dy * active, tr.grad, rtol=1e-12, atol=1e-13)
+
+
+# ---- functions ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -59,11 +141,46 @@ def test_forward_running_statistics_and_gradients_are_those_of_torch(rng, dtype,
         assert_like_torch(mean, tmean, what)
         assert_like_torch(var, tvar, what)
         assert_like_torch(gradients.dx, tx.grad, what)
-        for ours, theirs in zip(gradients[1:], (tw, tb), strict=True):
+        for ours, theirs in zip(gradients[1:3], (tw, tb), strict=True):
             assert (ours is None) == (theirs is None), what
             if theirs is not None:  # torch adds up in float32: its error grows with the count
                 count = ours.dtype.type(x.size // channels)
                 assert_like_torch(ours / count, theirs.grad / count, what)
+
+
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@data_dtypes
+def test_fusions_are_the_composition_of_torch(rng, dtype, activation, memory_format, training, with_residual):
+    """On the memory of torch's own tensors, channels last too. Half data: composed in float32 and rounded at the end,
+    since torch rounds after every step.
+    """
+    shape = (4, 24, 6, 7)
+    x, residual, dy = (tensor(images(rng, shape, dtype)).to(memory_format=memory_format) for _ in range(3))
+    weight, bias, mean, var = parameters(rng, 24, dtype)
+    wide = x.dtype if dtype in (np.float32, np.float64) else torch.float32
+    tx, tr = (t.to(wide).requires_grad_() for t in (x, residual))
+    tw, tb = tensor(weight, requires_grad=True), tensor(bias, requires_grad=True)
+    tmean, tvar = tensor(mean), tensor(var)
+    tz = torch.nn.functional.batch_norm(tx, tmean, tvar, tw, tb, training)
+    ty = ACTIVATIONS[activation](tz + tr if with_residual else tz, 0.2)
+    ty.backward(dy.to(wide))
+
+    y, saved = pybn.batch_norm_forward(
+        numpy_of(x), weight, bias, mean, var, training=training, activation=activation, negative_slope=0.2,
+        residual=numpy_of(residual) if with_residual else None,
+    )  # fmt: skip
+    got = pybn.batch_norm_backward(numpy_of(dy), saved)
+    assert_like_torch(y, ty.to(x.dtype))
+    assert_like_torch(mean, tmean)
+    assert_like_torch(var, tvar)
+    assert_like_torch(got.dx, tx.grad.to(x.dtype))
+    for ours, theirs in zip(got[1:3], (tw, tb), strict=True):
+        assert_like_torch(ours / ours.dtype.type(168), theirs.grad / 168)
+    if with_residual:
+        assert_like_torch(got.dresidual, tr.grad.to(x.dtype))
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +225,40 @@ def test_sample_inputs_of_torch_testing_give_the_same_results(torch_samples, dty
 
 def torch_state(state):
     return {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("kind", LAYERS)
+@data_dtypes
+def test_layers_are_those_of_torch_for_data_of_every_type(rng, dtype, kind, channels_last, training):
+    """Of half data with float32 parameters, which torch calls mixed. Its tensors are read where they lie."""
+    ours_type, theirs_type, shape = LAYERS[kind]
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(shape)) if channels_last else None
+    memory_format = memory_format or torch.contiguous_format
+    parameter_dtype = np.float64 if dtype == np.float64 else np.float32
+    ours, theirs = ours_type(5, dtype=parameter_dtype), theirs_type(5, dtype=tensor(np.ones(1, parameter_dtype)).dtype)
+    state = dict(zip(("weight", "bias", "running_mean", "running_var"), parameters(rng, 5, dtype), strict=True))
+    ours.load_state_dict({**state, "num_batches_tracked": np.array(0)})
+    theirs.load_state_dict(torch_state(ours.state_dict()))
+    ours.train(training)
+    theirs.train(training)
+
+    tx, dy = (tensor(images(rng, shape, dtype)).to(memory_format=memory_format) for _ in range(2))
+    x = numpy_of(tx)
+    tx.requires_grad_()
+    ty = theirs(tx)
+    ty.backward(dy)
+    y = ours(x)
+    assert_like_torch(y, ty)
+    dx = ours.backward(numpy_of(dy))
+    for name, value in theirs.state_dict().items():
+        if name != "num_batches_tracked":
+            assert_like_torch(getattr(ours, name), value, name)
+    count = x.size // 5
+    assert_like_torch(ours.weight_grad / count, theirs.weight.grad / count)
+    assert_like_torch(ours.bias_grad / count, theirs.bias.grad / count)
+    assert_like_torch(dx, tx.grad)
 
 
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
