@@ -148,88 +148,57 @@ struct SumPair {
 // Planes can be as short as 49 values, seven vectors, so what is done per plane is kept to a few instructions: what can
 // be is worked out per block, per group of channels or per span of planes.
 
-// How the vectors of a stretch of values are taken.
-template <int N>
-struct Steps {
-  std::size_t unrolled, single, rest;
-  PYBN_INLINE explicit Steps(std::size_t values)
-      : unrolled(values / (kUnroll * N)), single(values % (kUnroll * N) / N), rest(values % N) {}
-};
-
 // The value of a constant as a type, so that a generic lambda can use it as one.
 template <int N>
 struct Count {
   static constexpr int value = N;
 };
 
-// Calls fetch(offset), once for every cache line or more often, and step(lanes, offset, u) for every vector. `u` is a
-// Count below kUnroll; successive steps have different ones.
-template <class T, int N, class Fetch, class Step>
-PYBN_INLINE void for_each_vector(const Steps<N>& steps, Fetch fetch, Step step) {
-  constexpr std::size_t kLine = kLineBytes / sizeof(T);
-  static_assert(kUnroll == 4);
-  std::size_t i = 0;
-  for (std::size_t n = steps.unrolled; n > 0; --n, i += kUnroll * N) {
-    for (std::size_t line = 0; line < kUnroll * N; line += kLine) fetch(i + line);
-    step(Whole{}, i, Count<0>{});
-    step(Whole{}, i + N, Count<1>{});
-    step(Whole{}, i + 2 * N, Count<2>{});
-    step(Whole{}, i + 3 * N, Count<3>{});
-  }
-  for (std::size_t n = steps.single; n > 0; --n, i += N) {
-    fetch(i);
-    step(Whole{}, i, Count<0>{});
-  }
-  if (steps.rest > 0) {
-    fetch(i);
-    step(First{steps.rest}, i, Count<1>{});
-  }
-}
-
-// Neighbouring channels' planes lie one after the other, in one run of memory per outer index. A run is walked in
-// spans: whole planes, or a part of one, for which the same distance leads to what lies ahead. Most of a run has it
-// further down the run, the end of a run at the beginning of the next.
+// Neighbouring channels' planes lie one after the other, in one run of memory per outer index. A run is walked in two
+// spans of planes. Most of it has what lies ahead further down the run; the end of a run, kAheadBytes, has it at the
+// beginning of the next. That end may be some planes or, of large planes, the tail of the last one; then all planes are
+// taken in a head and a tail, so that sums run in the same order for all.
 template <int N>
 struct Span {
-  std::size_t channel, end_channel, inner;
-  Steps<N> steps;
-  std::ptrdiff_t ahead;  // in values
+  std::size_t channel, end_channel;
+  std::size_t head;                    // steps of kUnroll vectors
+  std::size_t unrolled, single, rest;  // the tail: more such steps, vectors, values
+  std::ptrdiff_t ahead;                // of the tail, in values
   bool is_end;
 };
 
 template <class T, int N>
 class Spans {
  public:
+  static constexpr std::size_t kAhead = kAheadBytes / sizeof(T);
+
   PYBN_INLINE explicit Spans(const Block& block) {
-    const std::size_t length = block.channels * block.inner, last = block.channels - 1;
-    const std::size_t end = min(length, kAheadBytes / sizeof(T));  // how much the end of a run is
-    if (end < block.inner) {
-      const std::size_t split = (block.inner - end) / (kUnroll * N) * (kUnroll * N);
-      add({0, last, 0, Steps<N>(block.inner), kAhead, false});
-      add({last, last + 1, 0, Steps<N>(split), kAhead, false});
-      add({last, last + 1, split, Steps<N>(block.inner - split), kAhead - as_signed(length), true});
-    } else {
-      const std::size_t split = (length - end) / block.inner;
-      add({0, split, 0, Steps<N>(block.inner), kAhead, false});
-      add({split, block.channels, 0, Steps<N>(block.inner), as_signed(end) - as_signed(length), true});
-    }
+    constexpr std::size_t kStep = kUnroll * N;
+    const std::size_t length = block.channels * block.inner, end = min(length, kAhead);
+    const bool are_large = block.inner > kAhead;
+    const std::size_t head = are_large ? (block.inner - kAhead) / kStep : 0, tail = block.inner - head * kStep;
+    const std::size_t split = are_large ? block.channels - 1 : (length - end) / block.inner;
+    const std::size_t unrolled = tail / kStep, single = tail % kStep / N, rest = tail % N;
+    spans_[0] = {0, split, head, unrolled, single, rest, static_cast<std::ptrdiff_t>(kAhead), false};
+    spans_[1] = {split,
+                 block.channels,
+                 head,
+                 unrolled,
+                 single,
+                 rest,
+                 static_cast<std::ptrdiff_t>(end) - static_cast<std::ptrdiff_t>(length),
+                 true};
   }
   PYBN_INLINE const Span<N>* begin() const { return spans_; }
-  PYBN_INLINE const Span<N>* end() const { return spans_ + count_; }
+  PYBN_INLINE const Span<N>* end() const { return spans_ + 2; }
 
  private:
-  static constexpr std::ptrdiff_t kAhead = kAheadBytes / sizeof(T);
-
-  PYBN_INLINE static std::ptrdiff_t as_signed(std::size_t n) { return static_cast<std::ptrdiff_t>(n); }
-  PYBN_INLINE void add(const Span<N>& span) {
-    if (span.channel < span.end_channel) spans_[count_++] = span;
-  }
-
-  Span<N> spans_[3] = {empty(), empty(), empty()};
-  int count_ = 0;
-
-  PYBN_INLINE static Span<N> empty() { return {0, 0, 0, Steps<N>(0), 0, false}; }
+  Span<N> spans_[2];
 };
+
+// Whether a step is in the head of a plane or in its tail.
+struct Head {};
+struct Tail {};
 
 // One operand, walked plane by plane along a span of the run of outer index o.
 template <class T>
@@ -237,18 +206,48 @@ class Walk {
  public:
   template <int N>
   PYBN_INLINE Walk(const Operand<T>& operand, const Block& block, std::size_t o, const Span<N>& span)
-      : at_(operand.at(o, span.channel, span.inner)),
+      : at_(operand.at(o, span.channel, 0)),
         ahead_(span.ahead + (span.is_end && o + 1 < block.outer ? operand.outer_stride : 0)),
         stride_(operand.channel_stride) {}
 
   PYBN_INLINE T* plane() const { return at_; }
-  PYBN_INLINE void fetch(std::size_t i) const { __builtin_prefetch(at_ + (ahead_ + static_cast<std::ptrdiff_t>(i))); }
+  PYBN_INLINE void fetch(std::size_t i, Head) const { __builtin_prefetch(at_ + (i + kAheadBytes / sizeof(T))); }
+  PYBN_INLINE void fetch(std::size_t i, Tail) const {
+    __builtin_prefetch(at_ + (ahead_ + static_cast<std::ptrdiff_t>(i)));
+  }
   PYBN_INLINE void next_plane() { at_ += stride_; }
 
  private:
   T* at_;
   std::ptrdiff_t ahead_, stride_;
 };
+
+// Calls fetch(offset, Head or Tail), once for every cache line or more often, and step(lanes, offset, u) for every
+// vector of a plane. `u` is a Count below kUnroll; successive steps have different ones.
+template <class T, int N, class Fetch, class Step>
+PYBN_INLINE void for_each_vector(const Span<N>& span, Fetch fetch, Step step) {
+  static_assert(kUnroll == 4);
+  std::size_t i = 0;
+  const auto unrolled = [&](std::size_t count, auto part) PYBN_INLINE_LAMBDA {
+    for (; count > 0; --count, i += kUnroll * N) {
+      for (std::size_t line = 0; line < kUnroll * N; line += kLineBytes / sizeof(T)) fetch(i + line, part);
+      step(Whole{}, i, Count<0>{});
+      step(Whole{}, i + N, Count<1>{});
+      step(Whole{}, i + 2 * N, Count<2>{});
+      step(Whole{}, i + 3 * N, Count<3>{});
+    }
+  };
+  unrolled(span.head, Head{});
+  unrolled(span.unrolled, Tail{});
+  for (std::size_t n = span.single; n > 0; --n, i += N) {
+    fetch(i, Tail{});
+    step(Whole{}, i, Count<0>{});
+  }
+  if (span.rest > 0) {
+    fetch(i, Tail{});
+    step(First{span.rest}, i, Count<1>{});
+  }
+}
 
 // Calls group(first, block) for every kGroup channels of a block.
 template <class Group>
@@ -344,7 +343,7 @@ struct Planes {
             sums.add(c, [&](Parts& parts) {
               const Doubles wide_shift = shifts[c];
               for_each_vector<T>(
-                  span.steps, [&](std::size_t i) PYBN_INLINE_LAMBDA { xs.fetch(i); },
+                  span, [&](std::size_t i, auto part) PYBN_INLINE_LAMBDA { xs.fetch(i, part); },
                   [&](auto lanes, std::size_t i, auto u) {
                     const Doubles value = load_wide(lanes, xs.plane() + i);
                     parts[u].add_shifted(lanes.or_else(value, wide_shift), wide_shift);
@@ -373,14 +372,13 @@ struct Planes {
           for (std::size_t c = span.channel; c < span.end_channel; ++c) {
             const auto a = maps.template affine<N>(c);
             std::uint8_t* mask = nullptr;
-            if (kResidual && Act::kReadsZ && fusion.mask)
-              mask = fusion.mask.at(o, first + c) + span.inner / kMaskValues;
+            if (kResidual && Act::kReadsZ && fusion.mask) mask = fusion.mask.at(o, first + c);
             for_each_vector<T>(
-                span.steps,
-                [&](std::size_t i) PYBN_INLINE_LAMBDA {
-                  xs.fetch(i);
-                  if (kResidual) residuals.fetch(i);
-                  ys.fetch(i);
+                span,
+                [&](std::size_t i, auto part) PYBN_INLINE_LAMBDA {
+                  xs.fetch(i, part);
+                  if (kResidual) residuals.fetch(i, part);
+                  ys.fetch(i, part);
                 },
                 [&](auto lanes, std::size_t i, auto) {
                   apply_forward<kResidual>(act, lanes, i, xs.plane() + i, residuals.plane() + i, mask, ys.plane() + i,
@@ -413,14 +411,14 @@ struct Planes {
             const auto a = maps.template affine<N>(c);
             const Doubles wide_mean = broadcast<N>(mean[first + c]);
             const std::uint8_t* mask = nullptr;
-            if (Act::kReadsMask) mask = fusion.mask.at(o, first + c) + span.inner / kMaskValues;
+            if (Act::kReadsMask) mask = fusion.mask.at(o, first + c);
             sums.add(c, [&](Parts& parts) {
               for_each_vector<T>(
-                  span.steps,
-                  [&](std::size_t i) PYBN_INLINE_LAMBDA {
-                    dys.fetch(i);
-                    xs.fetch(i);
-                    if (Act::kReadsResidual) residuals.fetch(i);
+                  span,
+                  [&](std::size_t i, auto part) PYBN_INLINE_LAMBDA {
+                    dys.fetch(i, part);
+                    xs.fetch(i, part);
+                    if (Act::kReadsResidual) residuals.fetch(i, part);
                   },
                   [&](auto lanes, std::size_t i, auto u) {
                     const T* x_at = xs.plane() + i;
@@ -461,15 +459,15 @@ struct Planes {
             const auto a = maps.template affine<N>(c);
             const auto g = maps.template gradient<N>(c);
             const std::uint8_t* mask = nullptr;
-            if (Act::kReadsMask) mask = fusion.mask.at(o, first + c) + span.inner / kMaskValues;
+            if (Act::kReadsMask) mask = fusion.mask.at(o, first + c);
             for_each_vector<T>(
-                span.steps,
-                [&](std::size_t i) PYBN_INLINE_LAMBDA {
-                  dys.fetch(i);
-                  if (kReadsX) xs.fetch(i);
-                  if (Act::kReadsResidual) residuals.fetch(i);
-                  dxs.fetch(i);
-                  if (Act::kMayHaveResidual) dresiduals.fetch(i);
+                span,
+                [&](std::size_t i, auto part) PYBN_INLINE_LAMBDA {
+                  dys.fetch(i, part);
+                  if (kReadsX) xs.fetch(i, part);
+                  if (Act::kReadsResidual) residuals.fetch(i, part);
+                  dxs.fetch(i, part);
+                  if (Act::kMayHaveResidual) dresiduals.fetch(i, part);
                 },
                 [&](auto lanes, std::size_t i, auto) {
                   apply_backward<kTraining>(act, lanes, i, dys.plane() + i, xs.plane() + i, residuals.plane() + i, mask,

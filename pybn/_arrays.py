@@ -194,7 +194,7 @@ def output(name: str, value: Any, x: Array, inputs: dict[str, Array | None]) -> 
     if value.shape != x.shape:
         raise ValueError(f"{name} has shape {shape_text(value.shape)}, expected {shape_text(x.shape)}, the shape of x")
     if value.dtype != x.dtype or not value.dtype.isnative:
-        raise TypeError(f"{name} has dtype {value.dtype.str}, expected {x.dtype}, the dtype of x")
+        raise TypeError(f"{name} has dtype {value.dtype}, expected {x.dtype}, the dtype of x")
     array: Array = value
     _require_writable(name, array, "results are written to it")
     for other, given in inputs.items():
