@@ -50,12 +50,14 @@ def test_float32_forward_is_within_2_ulp_before_weight_and_bias(instruction_set,
         assert reference.error_in_ulp(y, expected) <= 2, spread
 
 
+@all_layouts
 @pytest.mark.parametrize("mean", [0, 1, 1e3, 1e7])
-def test_float32_evaluation_is_within_2_ulp_before_weight_and_bias(instruction_set, rng, mean):
-    x = (rng.standard_normal((8, 5, 20, 21)) + mean).astype(np.float32)
-    running_mean, running_var = reference.stats(x)
-    y = pybn.batch_norm(x, running_mean, running_var)
-    assert reference.error_in_ulp(y, reference.normalize(x, running_mean, running_var)) <= 2
+def test_float32_evaluation_is_within_2_ulp_before_weight_and_bias(instruction_set, rng, shape, channel_axis, mean):
+    x = (rng.standard_normal(shape) + mean).astype(np.float32)
+    running_mean, running_var = reference.stats(x, channel_axis)
+    y = pybn.batch_norm(x, running_mean, running_var, channel_axis=channel_axis)
+    expected = reference.normalize(x, running_mean, running_var, channel_axis=channel_axis)
+    assert reference.error_in_ulp(y, expected) <= 2
 
 
 def exact_moments(x, channel_axis):
