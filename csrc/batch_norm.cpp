@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "dispatch.h"
@@ -26,21 +27,24 @@ class Partials {
   explicit Partials(const Partition& partition)
       : segments_(partition.segments()),
         lines_((partition.extents.channels + kLineDoubles - 1) / kLineDoubles),
-        first_(segments_ * lines_),
-        second_(segments_ * lines_) {}
+        first_(new Line[segments_ * lines_]),
+        second_(new Line[segments_ * lines_]) {}
 
   double* first(std::size_t segment, std::size_t channel) { return first_[segment * lines_].values + channel; }
   double* second(std::size_t segment, std::size_t channel) { return second_[segment * lines_].values + channel; }
 
-  SumPair total(std::size_t channel) const {
-    SumPair total{0, 0};
-    const std::size_t line = channel / kLineDoubles, lane = channel % kLineDoubles;
-    for (std::size_t segment = 0; segment < segments_; ++segment) {
-      total.first += first_[segment * lines_ + line].values[lane];
-      total.second += second_[segment * lines_ + line].values[lane];
+  // Adds those of all segments to those of the first, in the order of memory.
+  void merge(std::size_t first_channel, std::size_t channels) {
+    double *first_total = first(0, first_channel), *second_total = second(0, first_channel);
+    for (std::size_t segment = 1; segment < segments_; ++segment) {
+      const double *from_first = first(segment, first_channel), *from_second = second(segment, first_channel);
+      for (std::size_t c = 0; c < channels; ++c) {
+        first_total[c] += from_first[c];
+        second_total[c] += from_second[c];
+      }
     }
-    return total;
   }
+  SumPair total(std::size_t channel) { return {*first(0, channel), *second(0, channel)}; }
 
  private:
   static constexpr std::size_t kLineDoubles = 16;
@@ -49,7 +53,7 @@ class Partials {
   };
 
   std::size_t segments_, lines_;
-  std::vector<Line> first_, second_;
+  std::unique_ptr<Line[]> first_, second_;
 };
 
 // Tasks of a wave are numbered by segment, then by group of channels: neighbours in memory are neighbours in number.
@@ -133,7 +137,8 @@ class StatsReduction {
 
   // Calls result(channel, mean, var).
   template <class Result>
-  void merge(std::size_t first_channel, std::size_t channels, const Result& result) const {
+  void merge(std::size_t first_channel, std::size_t channels, const Result& result) {
+    partials_.merge(first_channel, channels);
     for (std::size_t c = first_channel; c < first_channel + channels; ++c) {
       const SumPair total = partials_.total(c);
       const double offset = total.first / count_;
@@ -171,7 +176,8 @@ class GradientReduction {
                              partials_.first(segment, tile.channel), partials_.second(segment, tile.channel));
   }
 
-  void merge(std::size_t first_channel, std::size_t channels, double* sum_dy, double* sum_dy_xmu) const {
+  void merge(std::size_t first_channel, std::size_t channels, double* sum_dy, double* sum_dy_xmu) {
+    partials_.merge(first_channel, channels);
     for (std::size_t c = first_channel; c < first_channel + channels; ++c) {
       const SumPair total = partials_.total(c);
       sum_dy[c] = total.first;
@@ -187,20 +193,22 @@ class GradientReduction {
   Partials partials_;
 };
 
-// What dx depends on besides dy, x and the normalization: dx = (dz - mean(dz) - (x - mean) * invstd^2 * mean((x - mean)
+// What dx depends on besides dz, x and the normalization: dx = (dz - mean(dz) - (x - mean) * invstd^2 * mean((x - mean)
 // dz)) * scale.
 template <class T>
 struct GradientCoefficients {
   using A = Arithmetic<T>;
-  std::vector<A> mean_dy, slope;
+  std::vector<A> slope, offset;
 
-  explicit GradientCoefficients(std::size_t channels) : mean_dy(channels), slope(channels) {}
+  explicit GradientCoefficients(std::size_t channels) : slope(channels), offset(channels) {}
 
-  void set(std::size_t c, double invstd, double sum_dy, double sum_dy_xmu, double count) {
-    mean_dy[c] = static_cast<A>(sum_dy / count);
-    slope[c] = static_cast<A>(-invstd * invstd * (sum_dy_xmu / count));
+  void set(std::size_t c, const Normalization<T>& n, double sum_dy, double sum_dy_xmu, double count) {
+    const double scale = static_cast<double>(n.scale[c]);
+    const double s = -n.invstd[c] * n.invstd[c] * (sum_dy_xmu / count) * scale;
+    slope[c] = static_cast<A>(s);
+    offset[c] = static_cast<A>(-(sum_dy / count) * scale + (static_cast<double>(n.center[c]) - n.mean[c]) * s);
   }
-  GradientAffine<A> from(std::size_t c) const { return {mean_dy.data() + c, slope.data() + c}; }
+  GradientAffine<A> from(std::size_t c) const { return {slope.data() + c, offset.data() + c}; }
 };
 
 }  // namespace
@@ -210,14 +218,14 @@ void Normalization<T>::set(std::size_t c, double channel_mean, double var, Param
                            double eps) {
   mean[c] = channel_mean;
   invstd[c] = 1 / std::sqrt(var + eps);
-  center_hi[c] = static_cast<A>(channel_mean);
-  center_lo[c] = static_cast<A>(channel_mean - static_cast<double>(center_hi[c]));
+  center[c] = static_cast<A>(channel_mean);
   // A finite scale stays finite, so that a constant channel gives 0 * (a large number) rather than 0 * infinity.
   constexpr double largest = static_cast<double>(std::numeric_limits<A>::max());
   const double bounded = std::min(invstd[c], largest);
   const double product = weight ? weight[c] * bounded : bounded;
   scale[c] = static_cast<A>(std::isfinite(product) ? std::clamp(product, -largest, largest) : product);
-  shift[c] = static_cast<A>(bias ? bias[c] : 0);
+  const double remainder = channel_mean - static_cast<double>(center[c]);
+  shift[c] = static_cast<A>((bias ? bias[c] : 0) - remainder * static_cast<double>(scale[c]));
 }
 
 template <class T>
@@ -278,7 +286,7 @@ void batch_norm_backward(const Extents& extents, const GradientOperands<T>& oper
       [&](std::size_t first, std::size_t channels) {
         sums.merge(first, channels, sum_dy, sum_dy_xmu);
         for (std::size_t c = first; c < first + channels; ++c)
-          coefficients.set(c, normalization.invstd[c], sum_dy[c], sum_dy_xmu[c], count);
+          coefficients.set(c, normalization, sum_dy[c], sum_dy_xmu[c], count);
       },
       [&](const Tile& tile) {
         const auto gradient = coefficients.from(tile.channel);
@@ -308,7 +316,7 @@ void batch_norm_backward_elemt(const Extents& extents, const GradientOperands<T>
   GradientCoefficients<T> coefficients(sums ? extents.channels : 0);
   if (sums)
     for (std::size_t c = 0; c < extents.channels; ++c)
-      coefficients.set(c, normalization.invstd[c], sums->sum_dy[c], sums->sum_dy_xmu[c], sums->count);
+      coefficients.set(c, normalization, sums->sum_dy[c], sums->sum_dy_xmu[c], sums->count);
   run_application(plan_application(extents, 2 * sizeof(T)), [&](const Tile& tile) {
     const auto gradient = coefficients.from(tile.channel);
     kernels.backward_elemt(tile.block, tile.of(operands.dy), tile.of(operands.x), tile.of(operands.dx),

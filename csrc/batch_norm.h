@@ -30,11 +30,11 @@ template <class T>
 struct Normalization {
   using A = Arithmetic<T>;
   double *mean, *invstd;
-  A *center_hi, *center_lo, *scale, *shift;
+  A *center, *scale, *shift;
 
-  Affine<A> affine() const { return {center_hi, center_lo, scale, shift}; }
+  Affine<A> affine() const { return {center, scale, shift}; }
 
-  // scale = weight / sqrt(var + eps); every product is rounded to A once.
+  // scale = weight / sqrt(var + eps); every value is rounded to A once.
   void set(std::size_t c, double channel_mean, double var, Parameter weight, Parameter bias, double eps);
 };
 

@@ -189,7 +189,7 @@ Doubles new_pair(std::size_t channels) {
   return Doubles({py::ssize_t{2}, static_cast<py::ssize_t>(channels)});
 }
 
-// A Normalization whose memory Python owns: mean and invstd, of shape (2, C), and the affine map, of shape (4, C).
+// A Normalization whose memory Python owns: mean and invstd, of shape (2, C), and the affine map, of shape (3, C).
 using NormalizationArrays = std::pair<Doubles, py::array>;
 
 template <class T>
@@ -201,15 +201,15 @@ Normalization<T> view(NormalizationArrays& arrays, std::size_t channels) {
   };
   using A = Arithmetic<T>;
   require(has_shape(statistics, 2), "statistics of another shape");
-  require(has_shape(affine, 4) && py::isinstance<py::array_t<A>>(affine), "an affine map of another shape or type");
+  require(has_shape(affine, 3) && py::isinstance<py::array_t<A>>(affine), "an affine map of another shape or type");
   double* mean = statistics.mutable_data();
   A* rows = static_cast<A*>(affine.mutable_data());
-  return {mean, mean + channels, rows, rows + channels, rows + 2 * channels, rows + 3 * channels};
+  return {mean, mean + channels, rows, rows + channels, rows + 2 * channels};
 }
 
 template <class T>
 NormalizationArrays new_normalization(std::size_t channels) {
-  return {new_pair(channels), py::array_t<Arithmetic<T>>({py::ssize_t{4}, static_cast<py::ssize_t>(channels)})};
+  return {new_pair(channels), py::array_t<Arithmetic<T>>({py::ssize_t{3}, static_cast<py::ssize_t>(channels)})};
 }
 
 // A new array; large ones live in recycled memory.

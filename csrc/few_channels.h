@@ -65,10 +65,10 @@ class FewChannels {
   };
   template <class A>
   struct RepeatedAffine {
-    Repeated<A> center_hi, center_lo, scale, shift;
+    Repeated<A> center, scale, shift;
     PYBN_INLINE RepeatedAffine(const FewChannels& few, Affine<A> a)
-        : center_hi(few, a.center_hi), center_lo(few, a.center_lo), scale(few, a.scale), shift(few, a.shift) {}
-    PYBN_INLINE Affine<A> affine() const { return {center_hi.values, center_lo.values, scale.values, shift.values}; }
+        : center(few, a.center), scale(few, a.scale), shift(few, a.shift) {}
+    PYBN_INLINE Affine<A> affine() const { return {center.values, scale.values, shift.values}; }
   };
 
   struct Sums {
@@ -149,9 +149,9 @@ struct RowsOfAnyLength {
       return Rows::backward_elemt<Act, kTraining>(block, dy, x, dx, dresidual, affine, gradient_affine, fusion);
     const FewChannels::RepeatedAffine<A> repeated(few, affine);
     const A* none = affine.scale;  // what an absent gradient affine is filled with, unread
-    const FewChannels::Repeated<A> mean_dy(few, gradient_affine ? gradient_affine->mean_dy : none);
     const FewChannels::Repeated<A> slope(few, gradient_affine ? gradient_affine->slope : none);
-    const GradientAffine<A> repeated_gradient{mean_dy.values, slope.values};
+    const FewChannels::Repeated<A> offset(few, gradient_affine ? gradient_affine->offset : none);
+    const GradientAffine<A> repeated_gradient{slope.values, offset.values};
     Rows::backward_elemt<Act, kTraining>(few.together(), few.together(dy), few.together(x), few.together(dx),
                                          few.together(dresidual), repeated.affine(),
                                          gradient_affine ? &repeated_gradient : nullptr, few.together(fusion));

@@ -65,23 +65,24 @@ struct Fusion {
   Mask mask;
 };
 
-// z = ((x - center_hi) - center_lo) * scale + shift, one value per channel.
+// z = (x - center) * scale + shift, one value per channel.
 //
-// The centre is the mean in two parts: x * scale + (bias - mean * scale), the cheaper form, loses the result when
-// |mean| >> std (float32 error 0.18 at mean 1e7, std 1), and so does a mean rounded to float32 (0.5).
+// The centre is the mean rounded to A, and shift has what the rounding left over. Without a centre, as x * scale +
+// (bias - mean * scale), the result is lost when |mean| >> std (float32 error 0.18 at mean 1e7, std 1), and without the
+// remainder, too (0.5).
 template <class A>
 struct Affine {
-  const A *center_hi, *center_lo, *scale, *shift;
+  const A *center, *scale, *shift;
 
-  PYBN_INLINE Affine from(std::size_t c) const { return {center_hi + c, center_lo + c, scale + c, shift + c}; }
+  PYBN_INLINE Affine from(std::size_t c) const { return {center + c, scale + c, shift + c}; }
 };
 
-// dx = (dz - mean_dy + (x - mean) * slope) * scale with the scale of the Affine, one value per channel.
+// dx = dz * scale + (x - center) * slope + offset with scale and center of the Affine, one value per channel.
 template <class A>
 struct GradientAffine {
-  const A *mean_dy, *slope;
+  const A *slope, *offset;
 
-  PYBN_INLINE GradientAffine from(std::size_t c) const { return {mean_dy + c, slope + c}; }
+  PYBN_INLINE GradientAffine from(std::size_t c) const { return {slope + c, offset + c}; }
 };
 
 template <class T>

@@ -32,27 +32,25 @@ PYBN_INLINE std::size_t min(std::size_t a, std::size_t b) {
 
 template <int N, class A>
 struct AffineVectors {
-  Vec<A, N> center_hi, center_lo, scale, shift;
+  Vec<A, N> center, scale, shift;
 
-  PYBN_INLINE Vec<A, N> center(Vec<A, N> x) const { return (x - center_hi) - center_lo; }
-  PYBN_INLINE Vec<A, N> apply(Vec<A, N> centered) const { return fma(centered, scale, shift); }
+  PYBN_INLINE Vec<A, N> operator()(Vec<A, N> x) const { return fma(x - center, scale, shift); }
 };
 
 template <int N, class Lanes, class A>
 PYBN_INLINE AffineVectors<N, A> load(Lanes lanes, Affine<A> a, std::size_t c) {
-  return {load<N>(lanes, a.center_hi + c), load<N>(lanes, a.center_lo + c), load<N>(lanes, a.scale + c),
-          load<N>(lanes, a.shift + c)};
+  return {load<N>(lanes, a.center + c), load<N>(lanes, a.scale + c), load<N>(lanes, a.shift + c)};
 }
 
 template <int N, class A>
 struct GradientVectors {
-  Vec<A, N> mean_dy, slope;
+  Vec<A, N> slope, offset;
 };
 
 template <int N, class Lanes, class A>
 PYBN_INLINE GradientVectors<N, A> load(Lanes lanes, const GradientAffine<A>* g, std::size_t c) {
   if (!g) return {Vec<A, N>{}, Vec<A, N>{}};
-  return {load<N>(lanes, g->mean_dy + c), load<N>(lanes, g->slope + c)};
+  return {load<N>(lanes, g->slope + c), load<N>(lanes, g->offset + c)};
 }
 
 // Bits of the N values from the i-th of a plane or a row on; i is a multiple of N.
@@ -70,7 +68,7 @@ PYBN_INLINE void set_mask_bits(std::uint8_t* mask, std::size_t i, std::uint32_t 
 template <bool kResidual, int N, class Act, class Lanes, class T, class A>
 PYBN_INLINE void apply_forward(const Act& act, Lanes lanes, std::size_t i, const T* x, const T* residual,
                                std::uint8_t* mask, T* y, const AffineVectors<N, A>& a) {
-  Vec<A, N> z = a.apply(a.center(load<N>(lanes, x)));
+  Vec<A, N> z = a(load<N>(lanes, x));
   if constexpr (kResidual) {
     z += load<N>(lanes, residual);
     if constexpr (Act::kReadsZ)
@@ -82,12 +80,12 @@ PYBN_INLINE void apply_forward(const Act& act, Lanes lanes, std::size_t i, const
 // dz of a vector: dy passed back through the activation.
 template <int N, class Act, class Lanes, class T, class A>
 PYBN_INLINE Vec<A, N> backward_through(const Act& act, Lanes lanes, std::size_t i, const T* dy, const T* residual,
-                                       const std::uint8_t* mask, Vec<A, N> centered, const AffineVectors<N, A>& a) {
+                                       const std::uint8_t* mask, Vec<A, N> x, const AffineVectors<N, A>& a) {
   const Vec<A, N> gradient = load<N>(lanes, dy);
   if constexpr (Act::kReadsMask) {
     return act.template backward_masked<N, A>(lanes_of<A, N>(mask_bits<N>(mask, i)), gradient);
   } else {
-    Vec<A, N> z = a.apply(centered);
+    Vec<A, N> z = a(x);
     if constexpr (Act::kReadsResidual) z += load<N>(lanes, residual);
     return act.template backward<N, A>(z, gradient);
   }
@@ -102,11 +100,11 @@ PYBN_INLINE Doubles wide_backward_through(const Act& act, Lanes lanes, std::size
   if constexpr (!Act::kReadsZ && !Act::kReadsMask) {
     return load_wide(lanes, dy);
   } else if constexpr (Act::kIsRelu) {
-    return load_wide_unless_negative(lanes, a.apply(a.center(load<N>(lanes, x))), dy);
+    return load_wide_unless_negative(lanes, a(load<N>(lanes, x)), dy);
   } else {
-    Vec<A, N> centered{};
-    if constexpr (Act::kReadsZ) centered = a.center(load<N>(lanes, x));
-    return widen(backward_through(act, lanes, i, dy, residual, mask, centered, a));
+    Vec<A, N> xv{};
+    if constexpr (Act::kReadsZ) xv = load<N>(lanes, x);
+    return widen(backward_through(act, lanes, i, dy, residual, mask, xv, a));
   }
 }
 
@@ -115,12 +113,12 @@ template <bool kTraining, int N, class Act, class Lanes, class T, class A>
 PYBN_INLINE void apply_backward(const Act& act, Lanes lanes, std::size_t i, const T* dy, const T* x, const T* residual,
                                 const std::uint8_t* mask, T* dx, T* dresidual, const AffineVectors<N, A>& a,
                                 const GradientVectors<N, A>& g) {
-  const Vec<A, N> centered = a.center(load<N>(lanes, x));
-  const Vec<A, N> dz = backward_through(act, lanes, i, dy, residual, mask, centered, a);
+  const Vec<A, N> xv = load<N>(lanes, x);
+  const Vec<A, N> dz = backward_through(act, lanes, i, dy, residual, mask, xv, a);
   if constexpr (Act::kMayHaveResidual)
     if (dresidual) store<N>(lanes, dresidual, dz);
   if constexpr (kTraining)
-    store<N>(lanes, dx, fma(centered, g.slope, dz - g.mean_dy) * a.scale);
+    store<N>(lanes, dx, fma(xv - a.center, g.slope, fma(dz, a.scale, g.offset)));
   else
     store<N>(lanes, dx, dz * a.scale);
 }
@@ -307,24 +305,23 @@ struct GroupSums {
 template <class A>
 struct GroupMaps {
   struct Map {
-    A center_hi, center_lo, scale, shift, mean_dy, slope;
+    A center, scale, shift, slope, offset;
   } maps[kGroup];
 
   PYBN_INLINE GroupMaps(std::size_t first, std::size_t channels, Affine<A> a, const GradientAffine<A>* g = nullptr) {
     for (std::size_t c = 0; c < channels; ++c) {
       const std::size_t from = first + c;
-      maps[c] = {a.center_hi[from], a.center_lo[from],          a.scale[from],
-                 a.shift[from],     g ? g->mean_dy[from] : A{}, g ? g->slope[from] : A{}};
+      maps[c] = {a.center[from], a.scale[from], a.shift[from], g ? g->slope[from] : A{}, g ? g->offset[from] : A{}};
     }
   }
   template <int N>
   PYBN_INLINE AffineVectors<N, A> affine(std::size_t c) const {
     const Map& m = maps[c];
-    return {broadcast<N>(m.center_hi), broadcast<N>(m.center_lo), broadcast<N>(m.scale), broadcast<N>(m.shift)};
+    return {broadcast<N>(m.center), broadcast<N>(m.scale), broadcast<N>(m.shift)};
   }
   template <int N>
   PYBN_INLINE GradientVectors<N, A> gradient(std::size_t c) const {
-    return {broadcast<N>(maps[c].mean_dy), broadcast<N>(maps[c].slope)};
+    return {broadcast<N>(maps[c].slope), broadcast<N>(maps[c].offset)};
   }
 };
 

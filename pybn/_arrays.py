@@ -195,7 +195,7 @@ def output(name: str, value: Any, x: Array, inputs: dict[str, Array | None]) -> 
         raise ValueError(f"{name} has shape {shape_text(value.shape)}, expected {shape_text(x.shape)}, the shape of x")
     if value.dtype != x.dtype or not value.dtype.isnative:
         raise TypeError(f"{name} has dtype {value.dtype.str}, expected {x.dtype}, the dtype of x")
-    array = np.asarray(value)
+    array: Array = value
     _require_writable(name, array, "results are written to it")
     for other, given in inputs.items():
         if given is not None and overlaps_in_part(array, given):

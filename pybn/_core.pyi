@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 _Array = npt.NDArray[Any]
 _Doubles = npt.NDArray[np.float64]
-_Normalization = tuple[_Doubles, _Array]  # mean and invstd (2, C), affine map (4, C)
+_Normalization = tuple[_Doubles, _Array]  # mean and invstd (2, C), affine map (3, C)
 _Activation = tuple[int, float]  # index into `activations`, negative slope
 
 __version__: str

@@ -390,8 +390,8 @@ def batch_norm_stats(x: npt.ArrayLike, *, channel_axis: int = 1) -> tuple[Array,
     """Mean and biased variance of every channel, in one pass over x.
 
     The sums are float64 and shifted, so neither a large mean nor large values cost precision, and their order depends
-    on the shape of x only, so the result is the same for any number of threads. Moments of several batches merge by
-    Chan's formula (Chan, Golub, LeVeque, 1979).
+    on the shape and strides of x only, so the result is the same for any number of threads. Moments of several batches
+    merge by Chan's formula (Chan, Golub, LeVeque, 1979).
 
     Parameters
     ----------
