@@ -18,7 +18,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def oldest(session: nox.Session) -> None:
     """The core with the oldest NumPy that is supported."""
-    session.install(".", "numpy==1.25.*", "pytest", "pytest-benchmark", "hypothesis", "torch==2.13.0")
+    session.install(".", "numpy==1.25.*", "pytest", "pytest-benchmark", "hypothesis", "ml-dtypes", "torch==2.13.0")
     session.run("pytest", "tests/test_forward.py", "tests/test_backward.py", *session.posargs)
 
 

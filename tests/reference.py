@@ -140,7 +140,8 @@ def spacing(values, dtype):
     """Between the numbers of a type (float16, bfloat16, ...) at real values."""
     info = ml_dtypes.finfo(dtype)
     _, exponents = np.frexp(values)
-    return np.ldexp(np.ones_like(values), np.maximum(exponents - 1, info.minexp) - info.nmant)
+    exponents = np.where(values == 0, info.minexp, np.maximum(exponents - 1, info.minexp))
+    return np.ldexp(np.ones_like(values), exponents - info.nmant)
 
 
 def error_in_spacings(actual, expected, slack=0.0):

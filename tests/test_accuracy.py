@@ -39,9 +39,9 @@ def data(rng, shape, channel_axis, dtype=np.float32):
 def test_float32_forward_is_within_2_ulp_before_weight_and_bias(instruction_set, rng, shape, channel_axis, mean):
     """Mean in standard deviations. A ULP is 2^-23 * max(|y|, 1), so the bound is absolute near the mean.
 
-    Four roundings of half a ULP each (x - mean in two steps, 1 / std, the product) make 2 the bound of the method;
-    1.8 was measured (mean 1 or 2; 1.4 elsewhere). In spacings of float32 at max(|y|, 1), of which a ULP is one to two,
-    2.5 was measured.
+    Four roundings of half a ULP each (x - mean, 1 / std, the shift that holds what rounding the mean to float32 left,
+    and the sum) make 2 the bound of the method; 1.9 was measured (mean 2; 1.7 at mean 1, 1.5 elsewhere). In spacings of
+    float32 at max(|y|, 1), of which a ULP is one to two, 2.3 was measured.
     """
     for spread in (0.02, 1.0, 1e3):
         x = ((rng.standard_normal(shape) + mean) * spread).astype(np.float32)
@@ -50,12 +50,14 @@ def test_float32_forward_is_within_2_ulp_before_weight_and_bias(instruction_set,
         assert reference.error_in_ulp(y, expected) <= 2, spread
 
 
+@all_layouts
 @pytest.mark.parametrize("mean", [0, 1, 1e3, 1e7])
-def test_float32_evaluation_is_within_2_ulp_before_weight_and_bias(instruction_set, rng, mean):
-    x = (rng.standard_normal((8, 5, 20, 21)) + mean).astype(np.float32)
-    running_mean, running_var = reference.stats(x)
-    y = pybn.batch_norm(x, running_mean, running_var)
-    assert reference.error_in_ulp(y, reference.normalize(x, running_mean, running_var)) <= 2
+def test_float32_evaluation_is_within_2_ulp_before_weight_and_bias(instruction_set, rng, shape, channel_axis, mean):
+    x = (rng.standard_normal(shape) + mean).astype(np.float32)
+    running_mean, running_var = reference.stats(x, channel_axis)
+    y = pybn.batch_norm(x, running_mean, running_var, channel_axis=channel_axis)
+    expected = reference.normalize(x, running_mean, running_var, channel_axis=channel_axis)
+    assert reference.error_in_ulp(y, expected) <= 2
 
 
 def exact_moments(x, channel_axis):
@@ -243,7 +245,7 @@ def test_every_fusion_gives_the_same_bits_for_any_number_of_threads(
 @data_dtypes
 @pytest.mark.parametrize("training", [True, False])
 def test_instruction_sets_agree(rng, training, dtype, shape, channel_axis):
-    """Within 2 ULP in float32 (measured: 1 for y), dx within 3 (2.5), within 32 in float64 (19), var within 64 (33).
+    """Within 2 ULP in float32 (measured: 1 for y, 2.0 for dx), within 16 in float64 (measured: 11), var within 32 (16).
 
     They differ in the order of their sums and in fused multiply-adds. Sums are float64 whatever the data are, so that
     only results in float64 show the order. Per-channel sums are compared per value. Half data: to one spacing.
@@ -266,13 +268,9 @@ def test_instruction_sets_agree(rng, training, dtype, shape, channel_axis):
         if got.dtype in HALF_DTYPES:
             assert reference.error_in_spacings(got, expected, 2 * 2.0**-23) <= 1, name
         else:
-            bound = (
-                (3 if "dx" in name or "elemt" in name else 2)
-                if got.dtype == np.float32
-                else 64
-                if name == "var"
-                else 32
-            )
+            bound = 32 if name == "var" else 16
+            if got.dtype == np.float32:  # backward_elemt is given statistics that are not those of x: its terms cancel
+                bound = 4 if name == "backward_elemt" else 2
             assert reference.error_in_ulp(got, expected) <= bound, name
 
 

@@ -16,6 +16,7 @@ from conftest import (
     NETWORK_SHAPES,
     assert_same_bits,
     check_step,
+    data_dtypes,
     half_dtypes,
     images,
     parameters,
@@ -106,6 +107,15 @@ def test_results_are_rounded_to_nearest_and_ties_to_even(instruction_set, dtype,
         mean, var = np.zeros(channels), np.full(channels, 0.75)
         y = pybn.batch_norm(x, mean, var, None, bias, eps=0.25, channel_axis=channel_axis)
         np.testing.assert_array_equal(y.astype(np.float64), expected.astype(np.float64))
+
+
+@data_dtypes
+def test_the_unit_of_rounding_is_the_distance_to_the_next_number(dtype):
+    info = ml_dtypes.finfo(dtype)
+    values = np.array([0, 1, 1.5, 2, -3, 1000, float(info.smallest_subnormal), float(info.tiny)])
+    following = np.nextafter(np.abs(values).astype(dtype), dtype(np.inf)).astype(np.float64)
+    np.testing.assert_array_equal(reference.spacing(values, dtype), following - np.abs(values))
+    assert reference.error_in_spacings(np.zeros(1, dtype), np.array([3 * float(info.smallest_subnormal)])) == 3
 
 
 def test_the_test_of_rounding_meets_infinity_and_denormals():
