@@ -574,10 +574,14 @@ py::ssize_t usual_channel_axis(py::handle x_argument, py::handle axis_argument, 
   return axis;
 }
 
-// Whether a backward pass has what it usually has: dy like x, both plain, and no out.
-bool has_usual_gradient(py::handle dy_argument, py::handle x_argument) {
+// Whether a backward pass has what it usually has: dy like x, both plain, and an out, if any, that is dy or apart.
+bool has_usual_gradient(py::handle dy_argument, py::handle x_argument, py::handle out_argument) {
   const std::optional<py::array> dy = usual_array(dy_argument), x = usual_array(x_argument);
-  return dy && x && x->size() > 0 && is_same_kind(*dy, *x) && dtype_of(*x);
+  if (!dy || !x || x->size() == 0 || !is_same_kind(*dy, *x) || !dtype_of(*x)) return false;
+  if (out_argument.is_none()) return true;
+  const std::optional<py::array> out = usual_array(out_argument);
+  return out && out->writeable() && is_same_kind(*out, *x) && !share_memory(*out, *x) &&
+         (out->data() == dy->data() || !share_memory(*out, *dy));
 }
 
 // The gradient of a parameter from the float64 sums, times `factors` if there are any; beyond float32 it is infinite.
@@ -646,7 +650,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("layout", layout, "axis"_a);
   m.def("usual_channel_axis", &usual_channel_axis, "x"_a, "channel_axis"_a, "training"_a, "weight"_a, "bias"_a,
         "running_mean"_a, "running_var"_a, "residual"_a, "out"_a);
-  m.def("has_usual_gradient", &has_usual_gradient, "dy"_a, "x"_a);
+  m.def("has_usual_gradient", &has_usual_gradient, "dy"_a, "x"_a, "out"_a);
   m.def("parameter_gradient", &parameter_gradient, "sums"_a, "factors"_a, "is_double"_a);
   m.def("stats", &stats, "x"_a, "axis"_a);
   m.def("forward", &forward, "x"_a, "y"_a, "axis"_a, "weight"_a, "bias"_a, "running_mean"_a, "running_var"_a,

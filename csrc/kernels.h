@@ -288,9 +288,9 @@ struct GroupSums {
   }
   template <class Plane>
   PYBN_INLINE void add(std::size_t c, Plane plane) {
-    Parts parts{{sums[c], SumPair::zero(), SumPair::zero(), SumPair::zero()}};
+    Parts parts{{SumPair::zero(), SumPair::zero(), SumPair::zero(), SumPair::zero()}};
     plane(parts);
-    sums[c] = parts.total();
+    sums[c] += parts.total();  // not onto parts[0]: short chains round less
   }
   PYBN_INLINE void store(std::size_t channels, double* first, double* second) const {
     for (std::size_t c = 0; c < channels; ++c) {

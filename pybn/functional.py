@@ -319,7 +319,7 @@ def batch_norm_backward(
             f'residual was overwritten by a pass with out=residual, and "{saved.activation}" needs it again, '
             "expected passes with another out, or none"
         )
-    is_usual = out is None and _core.has_usual_gradient(dy, x)  # see forward()
+    is_usual = residual is None and _core.has_usual_gradient(dy, x, out)  # see forward()
     if not is_usual:
         dy = _arrays.like("dy", dy, x)
     wants_dx, wants_dweight, wants_dbias, wants_dresidual = _output_mask(output_mask)
@@ -329,7 +329,8 @@ def batch_norm_backward(
     if out is not None:
         if not wants_dx:
             raise ValueError("out is given but output_mask says that dx is not wanted, expected one without the other")
-        out = _arrays.output("out", out, x, {"dy": dy, "x": x, "residual": residual})
+        if not is_usual:
+            out = _arrays.output("out", out, x, {"dy": dy, "x": x, "residual": residual})
     act = _arrays.activation(saved.activation, saved.negative_slope)
     normalization = saved._normalization
 
@@ -342,13 +343,13 @@ def batch_norm_backward(
         dresidual = np.empty_like(x) if wants_dresidual else None
         sums = np.zeros((2, x.shape[axis]))
     elif wants_dx or wants_dz:
-        if is_usual and residual is None:
-            result, target = None, _core.empty_like(x)
+        if is_usual:
+            result, target = None, _core.empty_like(x) if out is None else out
         else:
             result = _arrays.Result(axis, out, *_present(x, dy, residual))
             x, dy, *rest = result.inputs
             residual, target = rest[0] if rest else None, result.target
-        if _is_overwritten(x, out):
+        if not is_usual and _is_overwritten(x, out):
             saved._x = None  # before the first byte of it changes
         if residual is not None and _is_overwritten(residual, out):
             saved._residual = None
