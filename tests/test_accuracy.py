@@ -245,10 +245,11 @@ def test_every_fusion_gives_the_same_bits_for_any_number_of_threads(
 @data_dtypes
 @pytest.mark.parametrize("training", [True, False])
 def test_instruction_sets_agree(rng, training, dtype, shape, channel_axis):
-    """Within 2 ULP in float32 (measured: 1 for y, 2.0 for dx), within 16 in float64 (measured: 11), var within 32 (16).
+    """Within 2 ULP in float32 (measured over ten seeds: 1 for y, 2.0 for dx), within 64 in float64 (measured: 46).
 
     They differ in the order of their sums and in fused multiply-adds. Sums are float64 whatever the data are, so that
-    only results in float64 show the order. Per-channel sums are compared per value. Half data: to one spacing.
+    only results in float64 show the order, as the error of a shifted variance, which is largest where the first value
+    lies far from the mean. Per-channel sums are compared per value. Half data: to one spacing.
     """
     x = data(rng, shape, channel_axis, dtype)
     dy = rng.standard_normal(x.shape).astype(dtype)
@@ -268,7 +269,7 @@ def test_instruction_sets_agree(rng, training, dtype, shape, channel_axis):
         if got.dtype in HALF_DTYPES:
             assert reference.error_in_spacings(got, expected, 2 * 2.0**-23) <= 1, name
         else:
-            bound = 32 if name == "var" else 16
+            bound = 64
             if got.dtype == np.float32:  # backward_elemt is given statistics that are not those of x: its terms cancel
                 bound = 4 if name == "backward_elemt" else 2
             assert reference.error_in_ulp(got, expected) <= bound, name

