@@ -165,7 +165,7 @@ struct Other {
     using V = Vec<A, N>;
     switch (activation) {
       case Activation::relu6:
-        return (z > V{}) & (z < constant<V>(6)) ? dy : V{};
+        return ((z > V{}) & (z < constant<V>(6))) ? dy : V{};
       case Activation::leaky_relu:
         return z > V{} ? dy : dy * constant<V>(negative_slope);
       case Activation::silu: {

@@ -433,7 +433,7 @@ template <class A, int N>
 PYBN_INLINE Ints<A, N> lanes_of(std::uint32_t bits) {
   Ints<A, N> one_bit;
   for (int i = 0; i < N; ++i) one_bit[i] = 1 << i;
-  return ((Ints<A, N>{} + bits) & one_bit) != 0;
+  return ((Ints<A, N>{} + static_cast<typename LaneInt<A>::type>(bits)) & one_bit) != 0;
 }
 
 // The lanes' sum, always over the same tree.
