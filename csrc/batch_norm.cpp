@@ -30,8 +30,8 @@ class Partials {
         first_(new Line[segments_ * lines_]),
         second_(new Line[segments_ * lines_]) {}
 
-  double* first(std::size_t segment, std::size_t channel) { return first_[segment * lines_].values + channel; }
-  double* second(std::size_t segment, std::size_t channel) { return second_[segment * lines_].values + channel; }
+  double* first(std::size_t segment, std::size_t channel) { return sums(first_, segment) + channel; }
+  double* second(std::size_t segment, std::size_t channel) { return sums(second_, segment) + channel; }
 
   // Adds those of all segments to those of the first, in the order of memory.
   void merge(std::size_t first_channel, std::size_t channels) {
@@ -51,6 +51,10 @@ class Partials {
   struct alignas(128) Line {
     double values[kLineDoubles];
   };
+
+  double* sums(const std::unique_ptr<Line[]>& lines, std::size_t segment) {
+    return reinterpret_cast<double*>(lines.get() + segment * lines_);
+  }
 
   std::size_t segments_, lines_;
   std::unique_ptr<Line[]> first_, second_;
