@@ -77,8 +77,20 @@ struct Wave {
   }
 };
 
+// A wave that threads share. Each applies first what it has just reduced.
+struct SharedWave {
+  Wave wave;
+  Tasks reductions, applications;
+  std::unique_ptr<Latch> merged{new Latch};
+
+  explicit SharedWave(const Wave& wave)
+      : wave(wave),
+        reductions(wave.tasks(), wave.plan.threads),
+        applications(wave.tasks(), wave.plan.threads, Tasks::Order::last_to_first) {}
+};
+
 // A whole pass: reduce(tile, segment) for all tiles of a wave, merge(first_channel, channels) their partial results,
-// apply(tile) for the same tiles, last first.
+// apply(tile) for the same tiles, last first; wave after wave.
 template <class Reduce, class Merge, class Apply>
 void run(const Plan& plan, const Reduce& reduce, const Merge& merge, const Apply& apply) {
   const std::size_t waves = (plan.channels() + plan.wave - 1) / plan.wave;
@@ -91,13 +103,22 @@ void run(const Plan& plan, const Reduce& reduce, const Merge& merge, const Apply
     });
     return;
   }
-  for (std::size_t number = 0; number < waves; ++number) {
-    const Wave wave(plan, number);
-    const std::size_t tasks = wave.tasks();
-    parallel_for(tasks, plan.threads, [&](std::size_t task) { reduce(wave.tile(task), wave.segment(task)); });
-    merge(wave.first, wave.channels);
-    parallel_for(tasks, plan.threads, [&](std::size_t task) { apply(wave.tile(tasks - 1 - task)); });
-  }
+  // Who is done with a wave goes on with the next. With a barrier instead, a call took ten times as long when other
+  // processes held the cores, because all threads wait at every barrier for one that is not running.
+  std::vector<SharedWave> shared;
+  shared.reserve(waves);
+  for (std::size_t number = 0; number < waves; ++number) shared.emplace_back(Wave(plan, number));
+  run_together(plan.threads, [&](Thread& thread) {
+    for (SharedWave& s : shared) {
+      const Wave& wave = s.wave;
+      thread.run(s.reductions, [&](std::size_t task) {
+        reduce(wave.tile(task), wave.segment(task));
+        s.merged->done(wave.tasks(), [&] { merge(wave.first, wave.channels); });
+      });
+      thread.wait(*s.merged);
+      thread.run(s.applications, [&](std::size_t task) { apply(wave.tile(task)); });
+    }
+  });
 }
 
 // The first half of a pass, and the second, on their own.

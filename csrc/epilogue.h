@@ -67,9 +67,12 @@ PYBN_INLINE Sigmoid<Vec<A, N>> sigmoid(Vec<A, N> z) {
   return {z < V{} ? smaller : larger, z < V{} ? unit : constant<V>(1), z < V{} ? larger : smaller * unit};
 }
 
-struct Identity {
-  static constexpr bool kReadsZ = false, kMayHaveResidual = false, kReadsResidual = false, kReadsMask = false;
-  static constexpr bool kIsRelu = false;
+// What a backward pass reads besides dy; an activation overrides what it needs.
+struct ReadsNothing {
+  static constexpr bool kReadsZ = false, kReadsResidual = false, kReadsMask = false;
+};
+
+struct Identity : ReadsNothing {
   template <class T>
   PYBN_INLINE explicit Identity(const Fusion<T>&) {}
 
@@ -83,9 +86,8 @@ struct Identity {
   }
 };
 
-struct Relu {
-  static constexpr bool kReadsZ = true, kMayHaveResidual = false, kReadsResidual = false, kReadsMask = false;
-  static constexpr bool kIsRelu = true;
+struct Relu : ReadsNothing {
+  static constexpr bool kReadsZ = true;
   template <class T>
   PYBN_INLINE explicit Relu(const Fusion<T>&) {}
 
@@ -105,9 +107,8 @@ struct Relu {
 };
 
 // The backward pass of relu, relu6 and leaky_relu from the mask that the forward pass wrote.
-struct Masked {
-  static constexpr bool kReadsZ = false, kMayHaveResidual = true, kReadsResidual = false, kReadsMask = true;
-  static constexpr bool kIsRelu = false;
+struct Masked : ReadsNothing {
+  static constexpr bool kReadsMask = true;
   bool is_leaky;
   double negative_slope;
   template <class T>
@@ -124,10 +125,8 @@ struct Masked {
 // The other activations, told apart at every vector: the branch always goes the same way, and a loop of its own for
 // each would double the size of the library.
 template <bool kWithResidual>
-struct Other {
-  static constexpr bool kReadsZ = true, kMayHaveResidual = kWithResidual, kReadsResidual = kWithResidual,
-                        kReadsMask = false;
-  static constexpr bool kIsRelu = false;
+struct Other : ReadsNothing {
+  static constexpr bool kReadsZ = true, kReadsResidual = kWithResidual;
   Activation activation;
   double negative_slope;
   template <class T>
@@ -146,12 +145,10 @@ struct Other {
         const Sigmoid<V> s = sigmoid<N, A>(z);
         return z * s.of_z * s.unit;
       }
-      case Activation::hardswish: {
+      default: {  // hardswish
         const V t = z + 3;
         return z * (t < V{} ? V{} : t > constant<V>(6) ? constant<V>(6) : t) * constant<V>(1. / 6);
       }
-      default:
-        return z < V{} ? V{} : z;
     }
   }
   template <int N, class A>
@@ -176,7 +173,7 @@ struct Other {
         return z <= constant<V>(-3)  ? V{}
                : z >= constant<V>(3) ? dy
                                      : dy * fma(z, constant<V>(1. / 3), constant<V>(.5));
-      default:
+      default:  // relu, with a residual and no mask
         return z <= V{} ? V{} : dy;
     }
   }

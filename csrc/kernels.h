@@ -77,6 +77,10 @@ PYBN_INLINE void apply_forward(const Act& act, Lanes lanes, std::size_t i, const
   store<N>(lanes, y, act.template forward<N, A>(z));
 }
 
+// Whether a backward pass may be asked for dz, too: without an activation it is dy, and nothing need be stored.
+template <class Act>
+constexpr bool kGivesResidual = Act::kReadsResidual || Act::kReadsMask;
+
 // dz of a vector: dy passed back through the activation.
 template <int N, class Act, class Lanes, class T, class A>
 PYBN_INLINE Vec<A, N> backward_through(const Act& act, Lanes lanes, std::size_t i, const T* dy, const T* residual,
@@ -92,6 +96,11 @@ PYBN_INLINE Vec<A, N> backward_through(const Act& act, Lanes lanes, std::size_t 
 }
 
 // The same, as a reduction adds it up.
+template <class Lanes, class T, class A>
+PYBN_INLINE Doubles wide_backward_through(const Relu&, Lanes lanes, std::size_t, const T* dy, const T* x, const T*,
+                                          const std::uint8_t*, const AffineVectors<kDoubles, A>& a) {
+  return load_wide_unless_negative(lanes, a(load<kDoubles>(lanes, x)), dy);
+}
 template <class Act, class Lanes, class T, class A>
 PYBN_INLINE Doubles wide_backward_through(const Act& act, Lanes lanes, std::size_t i, const T* dy, const T* x,
                                           const T* residual, const std::uint8_t* mask,
@@ -99,8 +108,6 @@ PYBN_INLINE Doubles wide_backward_through(const Act& act, Lanes lanes, std::size
   constexpr int N = kDoubles;
   if constexpr (!Act::kReadsZ && !Act::kReadsMask) {
     return load_wide(lanes, dy);
-  } else if constexpr (Act::kIsRelu) {
-    return load_wide_unless_negative(lanes, a(load<N>(lanes, x)), dy);
   } else {
     Vec<A, N> xv{};
     if constexpr (Act::kReadsZ) xv = load<N>(lanes, x);
@@ -115,7 +122,7 @@ PYBN_INLINE void apply_backward(const Act& act, Lanes lanes, std::size_t i, cons
                                 const GradientVectors<N, A>& g) {
   const Vec<A, N> xv = load<N>(lanes, x);
   const Vec<A, N> dz = backward_through(act, lanes, i, dy, residual, mask, xv, a);
-  if constexpr (Act::kMayHaveResidual)
+  if constexpr (kGivesResidual<Act>)
     if (dresidual) store<N>(lanes, dresidual, dz);
   if constexpr (kTraining)
     store<N>(lanes, dx, fma(xv - a.center, g.slope, fma(dz, a.scale, g.offset)));
@@ -154,16 +161,19 @@ struct Count {
   static constexpr int value = N;
 };
 
+// How a plane is taken: in steps of kUnroll vectors, then in vectors, then in what is left. All planes of a block are
+// taken alike, so that their sums run in the same order.
+struct Steps {
+  std::size_t head;                    // steps with what lies ahead in the same run of memory
+  std::size_t unrolled, single, rest;  // the tail: more such steps, vectors, values
+};
+
 // Neighbouring channels' planes lie one after the other, in one run of memory per outer index. A run is walked in two
 // spans of planes. Most of it has what lies ahead further down the run; the end of a run, kAheadBytes, has it at the
-// beginning of the next. That end may be some planes or, of large planes, the tail of the last one; then all planes are
-// taken in a head and a tail, so that sums run in the same order for all.
-template <int N>
+// beginning of the next. That end may be some planes or, of large planes, the tail of the last one.
 struct Span {
   std::size_t channel, end_channel;
-  std::size_t head;                    // steps of kUnroll vectors
-  std::size_t unrolled, single, rest;  // the tail: more such steps, vectors, values
-  std::ptrdiff_t ahead;                // of the tail, in values
+  std::ptrdiff_t ahead;  // of a plane's tail, in values
   bool is_end;
 };
 
@@ -177,23 +187,19 @@ class Spans {
     const std::size_t length = block.channels * block.inner, end = min(length, kAhead);
     const bool are_large = block.inner > kAhead;
     const std::size_t head = are_large ? (block.inner - kAhead) / kStep : 0, tail = block.inner - head * kStep;
+    steps_ = {head, tail / kStep, tail % kStep / N, tail % N};
     const std::size_t split = are_large ? block.channels - 1 : (length - end) / block.inner;
-    const std::size_t unrolled = tail / kStep, single = tail % kStep / N, rest = tail % N;
-    spans_[0] = {0, split, head, unrolled, single, rest, static_cast<std::ptrdiff_t>(kAhead), false};
-    spans_[1] = {split,
-                 block.channels,
-                 head,
-                 unrolled,
-                 single,
-                 rest,
-                 static_cast<std::ptrdiff_t>(end) - static_cast<std::ptrdiff_t>(length),
-                 true};
+    const auto to_next_run = static_cast<std::ptrdiff_t>(end) - static_cast<std::ptrdiff_t>(length);
+    spans_[0] = {0, split, static_cast<std::ptrdiff_t>(kAhead), false};
+    spans_[1] = {split, block.channels, to_next_run, true};
   }
-  PYBN_INLINE const Span<N>* begin() const { return spans_; }
-  PYBN_INLINE const Span<N>* end() const { return spans_ + 2; }
+  PYBN_INLINE const Steps& steps() const { return steps_; }
+  PYBN_INLINE const Span* begin() const { return spans_; }
+  PYBN_INLINE const Span* end() const { return spans_ + 2; }
 
  private:
-  Span<N> spans_[2];
+  Steps steps_;
+  Span spans_[2];
 };
 
 // Whether a step is in the head of a plane or in its tail.
@@ -204,8 +210,7 @@ struct Tail {};
 template <class T>
 class Walk {
  public:
-  template <int N>
-  PYBN_INLINE Walk(const Operand<T>& operand, const Block& block, std::size_t o, const Span<N>& span)
+  PYBN_INLINE Walk(const Operand<T>& operand, const Block& block, std::size_t o, const Span& span)
       : at_(operand.at(o, span.channel, 0)),
         ahead_(span.ahead + (span.is_end && o + 1 < block.outer ? operand.outer_stride : 0)),
         stride_(operand.channel_stride) {}
@@ -225,7 +230,7 @@ class Walk {
 // Calls fetch(offset, Head or Tail), once for every cache line or more often, and step(lanes, offset, u) for every
 // vector of a plane. `u` is a Count below kUnroll; successive steps have different ones.
 template <class T, int N, class Fetch, class Step>
-PYBN_INLINE void for_each_vector(const Span<N>& span, Fetch fetch, Step step) {
+PYBN_INLINE void for_each_vector(const Steps& steps, Fetch fetch, Step step) {
   static_assert(kUnroll == 4);
   std::size_t i = 0;
   const auto unrolled = [&](std::size_t count, auto part) PYBN_INLINE_LAMBDA {
@@ -237,15 +242,15 @@ PYBN_INLINE void for_each_vector(const Span<N>& span, Fetch fetch, Step step) {
       step(Whole{}, i + 3 * N, Count<3>{});
     }
   };
-  unrolled(span.head, Head{});
-  unrolled(span.unrolled, Tail{});
-  for (std::size_t n = span.single; n > 0; --n, i += N) {
+  unrolled(steps.head, Head{});
+  unrolled(steps.unrolled, Tail{});
+  for (std::size_t n = steps.single; n > 0; --n, i += N) {
     fetch(i, Tail{});
     step(Whole{}, i, Count<0>{});
   }
-  if (span.rest > 0) {
+  if (steps.rest > 0) {
     fetch(i, Tail{});
-    step(First{span.rest}, i, Count<1>{});
+    step(First{steps.rest}, i, Count<1>{});
   }
 }
 
@@ -337,13 +342,13 @@ struct Planes {
       GroupSums sums(block.channels);
       const Spans<T, N> spans(block);
       for (std::size_t o = 0; o < block.outer; ++o)
-        for (const Span<N>& span : spans) {
+        for (const Span& span : spans) {
           Walk<const T> xs(x, block, o, span);
           for (std::size_t c = span.channel; c < span.end_channel; ++c, xs.next_plane())
             sums.add(c, [&](Parts& parts) {
               const Doubles wide_shift = shifts[c];
-              for_each_vector<T>(
-                  span, [&](std::size_t i, auto part) PYBN_INLINE_LAMBDA { xs.fetch(i, part); },
+              for_each_vector<T, N>(
+                  spans.steps(), [&](std::size_t i, auto part) PYBN_INLINE_LAMBDA { xs.fetch(i, part); },
                   [&](auto lanes, std::size_t i, auto u) {
                     const Doubles value = load_wide(lanes, xs.plane() + i);
                     parts[u].add_shifted(lanes.or_else(value, wide_shift), wide_shift);
@@ -366,15 +371,15 @@ struct Planes {
       const GroupMaps<Arithmetic<T>> maps(first, block.channels, affine);
       const Spans<T, N> spans(block);
       for (std::size_t o = 0; o < block.outer; ++o)
-        for (const Span<N>& span : spans) {
+        for (const Span& span : spans) {
           Walk<const T> xs(x, block, o, span), residuals(residual, block, o, span);
           Walk<T> ys(y, block, o, span);
           for (std::size_t c = span.channel; c < span.end_channel; ++c) {
             const auto a = maps.template affine<N>(c);
             std::uint8_t* mask = nullptr;
             if (kResidual && Act::kReadsZ && fusion.mask) mask = fusion.mask.at(o, first + c);
-            for_each_vector<T>(
-                span,
+            for_each_vector<T, N>(
+                spans.steps(),
                 [&](std::size_t i, auto part) PYBN_INLINE_LAMBDA {
                   xs.fetch(i, part);
                   if (kResidual) residuals.fetch(i, part);
@@ -405,7 +410,7 @@ struct Planes {
       GroupSums sums(block.channels);
       const Spans<T, N> spans(block);
       for (std::size_t o = 0; o < block.outer; ++o)
-        for (const Span<N>& span : spans) {
+        for (const Span& span : spans) {
           Walk<const T> dys(dy, block, o, span), xs(x, block, o, span), residuals(residual, block, o, span);
           for (std::size_t c = span.channel; c < span.end_channel; ++c) {
             const auto a = maps.template affine<N>(c);
@@ -413,8 +418,8 @@ struct Planes {
             const std::uint8_t* mask = nullptr;
             if (Act::kReadsMask) mask = fusion.mask.at(o, first + c);
             sums.add(c, [&](Parts& parts) {
-              for_each_vector<T>(
-                  span,
+              for_each_vector<T, N>(
+                  spans.steps(),
                   [&](std::size_t i, auto part) PYBN_INLINE_LAMBDA {
                     dys.fetch(i, part);
                     xs.fetch(i, part);
@@ -443,7 +448,7 @@ struct Planes {
     constexpr int N = kLanes<T>;
     constexpr bool kReadsX = kTraining || Act::kReadsZ;
     const Act act(fusion);
-    const bool has_dresidual = Act::kMayHaveResidual && all_dresidual;
+    const bool has_dresidual = kGivesResidual<Act> && all_dresidual;
     for_each_group(whole, [&](std::size_t first, const Block& block) {
       const Operand<const T> dy = from_channel(all_dy, first), x = kReadsX ? from_channel(all_x, first) : dy;
       const Operand<const T> residual = Act::kReadsResidual ? from_channel(fusion.residual, first) : dy;
@@ -452,7 +457,7 @@ struct Planes {
       const GroupMaps<Arithmetic<T>> maps(first, block.channels, affine, gradient_affine);
       const Spans<T, N> spans(block);
       for (std::size_t o = 0; o < block.outer; ++o)
-        for (const Span<N>& span : spans) {
+        for (const Span& span : spans) {
           Walk<const T> dys(dy, block, o, span), xs(x, block, o, span), residuals(residual, block, o, span);
           Walk<T> dxs(dx, block, o, span), dresiduals(dresidual, block, o, span);
           for (std::size_t c = span.channel; c < span.end_channel; ++c) {
@@ -460,14 +465,14 @@ struct Planes {
             const auto g = maps.template gradient<N>(c);
             const std::uint8_t* mask = nullptr;
             if (Act::kReadsMask) mask = fusion.mask.at(o, first + c);
-            for_each_vector<T>(
-                span,
+            for_each_vector<T, N>(
+                spans.steps(),
                 [&](std::size_t i, auto part) PYBN_INLINE_LAMBDA {
                   dys.fetch(i, part);
                   if (kReadsX) xs.fetch(i, part);
                   if (Act::kReadsResidual) residuals.fetch(i, part);
                   dxs.fetch(i, part);
-                  if (Act::kMayHaveResidual) dresiduals.fetch(i, part);
+                  if (kGivesResidual<Act>) dresiduals.fetch(i, part);
                 },
                 [&](auto lanes, std::size_t i, auto) {
                   apply_backward<kTraining>(act, lanes, i, dys.plane() + i, xs.plane() + i, residuals.plane() + i, mask,
@@ -625,7 +630,7 @@ struct Rows {
     if (!kReadsX) x = dy;
     const Act act(fusion);
     const Operand<const T> residual = Act::kReadsResidual ? fusion.residual : x;
-    const bool has_dresidual = Act::kMayHaveResidual && dresidual;
+    const bool has_dresidual = kGivesResidual<Act> && dresidual;
     if (!has_dresidual) dresidual = dx;
     const std::ptrdiff_t ahead = rows_ahead<T>(block);
     for_each_rows(block.outer, [&](std::size_t o, auto count) {
@@ -639,7 +644,7 @@ struct Rows {
           if (kReadsX) xs.fetch(r);
           if (Act::kReadsResidual) residuals.fetch(r);
           dxs.fetch(r);
-          if (Act::kMayHaveResidual) dresiduals.fetch(r);
+          if (kGivesResidual<Act>) dresiduals.fetch(r);
           const std::uint8_t* mask = Act::kReadsMask ? fusion.mask.at(o + r, 0) : nullptr;
           apply_backward<kTraining>(act, lanes, c, dys.row(r), xs.row(r), residuals.row(r), mask, dxs.row(r),
                                     has_dresidual ? dresiduals.row(r) : nullptr, a, g);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <thread>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -26,34 +27,12 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; })
 using Clock = std::chrono::steady_clock;
 constexpr auto kInterruptInterval = std::chrono::milliseconds(50);
 
-// The work of one parallel_for, shared by its threads.
-class Queue {
- public:
-  explicit Queue(std::size_t count) : count_(count) {}
+// Turns of a waiting loop, some microseconds, before others get the core: one of them may have what is waited for.
+constexpr int kSpins = 1 << 12;
 
-  void work(bool is_caller, void (*task)(const void*, std::size_t), const void* context) {
-    Clock::time_point next_check = Clock::now() + kInterruptInterval;
-    for (std::size_t i; !interrupted_ && (i = next_++) < count_;) {
-      task(context, i);
-      if (is_caller && Clock::now() >= next_check) {
-        check();
-        next_check = Clock::now() + kInterruptInterval;
-      }
-    }
-  }
-
-  bool interrupted() const { return interrupted_; }
-
- private:
-  void check() {
-    if (bool (*check)() = interrupt_check)
-      if (check()) interrupted_ = true;
-  }
-
-  const std::size_t count_;
-  std::atomic<std::size_t> next_{0};
-  std::atomic<bool> interrupted_{false};
-};
+long long ticks_now() {
+  return Clock::now().time_since_epoch().count();
+}
 
 }  // namespace
 
@@ -82,19 +61,68 @@ void set_interrupt_check(bool (*check)()) {
   interrupt_check = check;
 }
 
+Tasks::Tasks(std::size_t count, int threads, Order order)
+    : count_(count), threads_(std::max(threads, 1)), order_(order), ranges_(new Range[threads_]) {
+  const auto shares = static_cast<std::size_t>(threads_);
+  for (std::size_t i = 0; i < shares; ++i) {
+    ranges_[i].begin = count * i / shares;
+    ranges_[i].end = count * (i + 1) / shares;
+  }
+}
+
+std::size_t Tasks::take(int thread) {
+  for (int i = 0; i < threads_; ++i) {
+    Range& range = ranges_[(thread + i) % threads_];
+    const std::size_t size = range.end - range.begin;
+    if (range.taken.load(std::memory_order_relaxed) >= size) continue;  // so that the count cannot grow for ever
+    const std::size_t taken = range.taken.fetch_add(1, std::memory_order_relaxed);
+    if (taken < size) return order_ == Order::first_to_last ? range.begin + taken : range.end - 1 - taken;
+  }
+  return count_;
+}
+
+void Thread::wait(const Latch& latch) const {
+  for (int turn = 0; !latch.is_open() && !abandoned_; ++turn)
+    if (turn > kSpins) std::this_thread::yield();
+}
+
+void Thread::check_for_interrupt() {
+  const long long now = ticks_now();
+  if (next_check_ == 0) next_check_ = now + Clock::duration(kInterruptInterval).count();
+  if (now < next_check_) return;
+  next_check_ = 0;
+  if (bool (*check)() = interrupt_check)
+    if (check()) abandoned_ = true;
+}
+
+class Team {
+ public:
+  Team(void (*function)(const void*, Thread&), const void* context) : function_(function), context_(context) {}
+
+  void work(int number) {
+    Thread thread(number, abandoned_);
+    function_(context_, thread);
+  }
+  bool was_abandoned() const { return abandoned_; }
+
+ private:
+  void (*function_)(const void*, Thread&);
+  const void* context_;
+  std::atomic<bool> abandoned_{false};
+};
+
 namespace detail {
 
-void parallel_for(std::size_t count, int threads, void (*task)(const void*, std::size_t), const void* context) {
-  Queue queue(count);
-  threads = static_cast<int>(std::min<std::size_t>(static_cast<std::size_t>(std::max(threads, 1)), count));
+void run_together(int threads, void (*function)(const void*, Thread&), const void* context) {
+  Team team(function, context);
 #if defined(_OPENMP)
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
-    queue.work(omp_get_thread_num() == 0, task, context);
+    team.work(omp_get_thread_num());
   } else
 #endif
-    queue.work(true, task, context);
-  if (queue.interrupted()) throw Interrupted{};
+    team.work(0);
+  if (team.was_abandoned()) throw Interrupted{};
 }
 
 }  // namespace detail

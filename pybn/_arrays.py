@@ -298,18 +298,18 @@ def layout(axis: int, *arrays: Array) -> list[int] | None:
     return _core.layout(axis, *arrays) if all(array.flags.aligned for array in arrays) else None
 
 
-def for_kernels(axis: int, *arrays: Array) -> tuple[Array, ...]:
+def for_kernels(axis: int, first: Array, *others: Any) -> tuple[Any, ...]:
     """The arrays as they are if the kernels can follow them; otherwise with as few copies as that takes.
 
     The first decides the order of memory and the extents, so that a mask that belongs to it is read as it was written.
+    The others may be None, and stay so.
     """
-    if all(array.flags.c_contiguous and array.flags.aligned for array in arrays):
-        return arrays
-    first, others = arrays[0], arrays[1:]
+    if all(a is None or (a.flags.c_contiguous and a.flags.aligned) for a in (first, *others)):
+        return first, *others
     if layout(axis, first) is None:
         first = np.array(first, order="C")
     extents = layout(axis, first)
-    return first, *(a if layout(axis, first, a) == extents else _copy_like(first, a) for a in others)
+    return first, *(a if a is None or layout(axis, first, a) == extents else _copy_like(first, a) for a in others)
 
 
 def _copy_like(first: Array, array: Array) -> Array:
@@ -321,19 +321,19 @@ def _copy_like(first: Array, array: Array) -> Array:
 class Result:
     """Where a result of x's shape goes: the caller's `out`, or a new array laid out as x is.
 
-    ``inputs`` (x first) and ``target`` are what the kernels get; ``finish()`` returns the caller's array, after copying
-    to it if the kernels could not follow its strides.
+    ``inputs`` (x first; the others may be None) and ``target`` are what the kernels get; ``finish()`` returns the
+    caller's array, after copying to it if the kernels could not follow its strides.
     """
 
-    def __init__(self, axis: int, out: Array | None, *inputs: Array) -> None:
+    def __init__(self, axis: int, out: Array | None, x: Array, *others: Array | None) -> None:
         def fits(target: Array) -> bool:
             return layout(axis, self.inputs[0], target) == layout(axis, self.inputs[0])
 
-        self.inputs = for_kernels(axis, *inputs)
+        self.inputs = for_kernels(axis, x, *others)
         self._out = out
         self.target = out if out is not None and fits(out) else _core.empty_like(self.inputs[0])
         if not fits(self.target):  # x repeats elements (strides of 0), as no result may
-            self.inputs = tuple(np.array(a, order="C") for a in inputs)
+            self.inputs = tuple(None if a is None else np.array(a, order="C") for a in (x, *others))
             self.target = _core.empty_like(self.inputs[0])
 
     def finish(self) -> Array:

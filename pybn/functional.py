@@ -222,9 +222,8 @@ def forward(
     if is_usual:
         result, source, target = None, x, _core.empty_like(x) if out is None else out
     else:
-        result = _arrays.Result(axis, out, x) if residual is None else _arrays.Result(axis, out, x, residual)
-        source, target = result.inputs[0], result.target
-        residual = None if residual is None else result.inputs[1]
+        result = _arrays.Result(axis, out, x, residual)
+        (source, residual), target = result.inputs, result.target
     if x.size:
         normalization, mask = _core.forward(
             source, target, axis, weight, bias, running_mean, running_var, counter, training, momentum, eps, act,
@@ -346,9 +345,8 @@ def batch_norm_backward(
         if is_usual:
             result, target = None, _core.empty_like(x) if out is None else out
         else:
-            result = _arrays.Result(axis, out, *_present(x, dy, residual))
-            x, dy, *rest = result.inputs
-            residual, target = rest[0] if rest else None, result.target
+            result = _arrays.Result(axis, out, x, dy, residual)
+            (x, dy, residual), target = result.inputs, result.target
         if not is_usual and _is_overwritten(x, out):
             saved._x = None  # before the first byte of it changes
         if residual is not None and _is_overwritten(residual, out):
@@ -363,8 +361,8 @@ def batch_norm_backward(
         if wants_dx:
             dx = target if result is None else result.finish()
     elif wants_dweight or wants_dbias:
-        x, dy, *rest = _arrays.for_kernels(axis, *_present(x, dy, residual))
-        sums = _core.backward_reduce(dy, x, axis, normalization, act, rest[0] if rest else None, saved._mask)
+        x, dy, residual = _arrays.for_kernels(axis, x, dy, residual)
+        sums = _core.backward_reduce(dy, x, axis, normalization, act, residual, saved._mask)
     dweight = dbias = None
     if sums is not None:
         if wants_dweight:
@@ -410,9 +408,9 @@ def batch_norm_stats(x: npt.ArrayLike, *, channel_axis: int = 1) -> tuple[Array,
     channels = x.shape[axis]
     if x.size == 0:
         return np.full(channels, np.nan), np.full(channels, np.nan), 0
-    (x,) = _arrays.for_kernels(axis, x)
-    mean, var = _core.stats(x, axis)
-    return mean, var, x.size // channels
+    (source,) = _arrays.for_kernels(axis, x)
+    mean, var = _core.stats(source, axis)
+    return mean, var, source.size // channels
 
 
 def batch_norm_elemt(
@@ -444,15 +442,11 @@ def batch_norm_elemt(
     if out is not None:
         parameters = {"mean": mean, "var": var, "weight": weight, "bias": bias}
         out = _arrays.output("out", out, x, {"x": x, "residual": residual, **parameters})
-    result = _arrays.Result(axis, out, *_present(x, residual))
-    source, *rest = result.inputs
+    result = _arrays.Result(axis, out, x, residual)
+    source, summand = result.inputs
     normalization = _core.normalization(source, mean, var, weight, bias, eps)
-    _core.elemt(source, result.target, axis, normalization, act, rest[0] if rest else None)
+    _core.elemt(source, result.target, axis, normalization, act, summand)
     return result.finish()
-
-
-def _present(*arrays: Array | None) -> list[Array]:
-    return [array for array in arrays if array is not None]
 
 
 def batch_norm_backward_reduce(
@@ -487,9 +481,9 @@ def batch_norm_backward_reduce(
     act = _arrays.activation(activation, negative_slope)
     if x.size == 0:
         return np.zeros(channels), np.zeros(channels)
-    x, dy, *rest = _arrays.for_kernels(axis, *_present(x, dy, residual))
-    normalization = _core.normalization(x, mean, var, weight, bias, eps)
-    sum_dy, sum_dy_xmu = _core.backward_reduce(dy, x, axis, normalization, act, rest[0] if rest else None, None)
+    source, gradient, summand = _arrays.for_kernels(axis, x, dy, residual)
+    normalization = _core.normalization(source, mean, var, weight, bias, eps)
+    sum_dy, sum_dy_xmu = _core.backward_reduce(gradient, source, axis, normalization, act, summand, None)
     return sum_dy, sum_dy_xmu
 
 
@@ -539,12 +533,10 @@ def batch_norm_backward_elemt(
     if out is not None:
         inputs = {"dy": dy, "x": x, "residual": residual, "mean": mean, "var": var, "weight": weight, "bias": bias}
         out = _arrays.output("out", out, x, {**inputs, "sum_dy": sums[0], "sum_dy_xmu": sums[1]})
-    result = _arrays.Result(axis, out, *_present(x, dy, residual))
-    x, dy, *rest = result.inputs
-    normalization = _core.normalization(x, mean, var, weight, bias, eps)
-    _core.backward_elemt(
-        dy, x, result.target, None, axis, normalization, act, rest[0] if rest else None, None, (*sums, count)
-    )
+    result = _arrays.Result(axis, out, x, dy, residual)
+    source, gradient, summand = result.inputs
+    normalization = _core.normalization(source, mean, var, weight, bias, eps)
+    _core.backward_elemt(gradient, source, result.target, None, axis, normalization, act, summand, None, (*sums, count))
     return result.finish()
 
 
