@@ -82,7 +82,12 @@ class Facts:
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
+        self._opsets = {id(scope.graph): scope.opset for scope in scopes(model)}
         self._inferred: dict[tuple[int, str], ir.Shape] | None = None
+
+    def opset(self, node: ir.Node) -> int:
+        """Return the version of the standard operators that the node is written in."""
+        return self._opsets[id(node.graph)]
 
     def constant(self, value: ir.Value | None) -> npt.NDArray[Any] | None:
         """Return the array of a value that no run of the model can change, else None."""
@@ -111,6 +116,20 @@ class Facts:
         if inferred is None or value.shape is None:
             return value.shape if inferred is None else inferred
         return inferred if _agree(inferred, value.shape) else None
+
+
+    def rank(self, value: ir.Value | None) -> int | None:
+        """Return the number of axes, or None if that is not proven."""
+        shape = None if value is None else self.shape(value)
+        return None if shape is None else len(shape)
+
+    def size(self, value: ir.Value | None, axis: int) -> int | None:
+        """Return the length of an axis, or None if that is not proven to be one number."""
+        shape = None if value is None else self.shape(value)
+        if shape is None or not -len(shape) <= axis < len(shape):
+            return None
+        size = shape[axis]
+        return size if isinstance(size, int) else None
 
 
 def _agree(a: ir.Shape, b: ir.Shape) -> bool:
