@@ -32,6 +32,9 @@ from pybn.folding.weights_forward import (
     same_padding,
 )
 
+# ONNX stores attributes as float32, so this is the slope of a LeakyRelu that does not name one.
+DEFAULT_SLOPE = float(np.float32(0.01))
+
 # Since this opset Max and Min broadcast; since the other they take bfloat16.
 BROADCASTING_MAX = 8
 BFLOAT16_MAX = 13
@@ -177,7 +180,7 @@ def clip(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refu
 
 def leaky_relu(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """LeakyRelu: a positive scale passes; a channel of scale 0 is a constant."""
-    slope = float(attribute(node, "alpha", 0.01))
+    slope = float(attribute(node, "alpha", DEFAULT_SLOPE))
     value = np.where(affine.shift >= 0, affine.shift, slope * affine.shift)
     return _positive_scale_only(
         node, Affine(affine.scale, np.where(affine.scale == 0, value, affine.shift), affine.axis)
