@@ -142,11 +142,11 @@ def remainder(source: Source, affine: Affine, facts: Facts) -> Remainder:
     if dtype is None:
         raise FoldError(Reason.TYPE_MISMATCH, f"the type of {source.node.op_type}'s data is unknown")
     values = affine.shift if affine.keeps_scale else affine.scale
-    constant = _constant_along(values, affine, facts.rank(value), dtype)
+    constant = constant_along(values, affine, facts.rank(value), dtype)
     return Remainder("Add" if affine.keeps_scale else "Mul", constant)
 
 
-def _constant_along(values: Float64, affine: Affine, rank: int | None, dtype: np.dtype[Any]) -> Array:
+def constant_along(values: Float64, affine: Affine, rank: int | None, dtype: np.dtype[Any]) -> Array:
     """Give one value per channel the shape in which it broadcasts against data of this rank."""
     rounded = round_to(values, dtype, "the folded constant")
     if affine.axis is None:
@@ -301,5 +301,5 @@ def _chain_with(source: Source, affine: Affine, facts: Facts) -> Rewrite:
     if old is not None and old.size == values.size:
         constant = round_to(values, dtype, "the folded constant").reshape(old.shape)
     else:
-        constant = _constant_along(values, affine, facts.rank(node.inputs[data]), dtype)
+        constant = constant_along(values, affine, facts.rank(node.inputs[data]), dtype)
     return Rewrite(node, {1 - data: constant}, op_type)
