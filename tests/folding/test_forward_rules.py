@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from fold_models import ONNX_TYPE, runtime
+from fold_models import ONNX_TYPE, batch_norm, batch_norms, model, runtime
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper
@@ -22,6 +22,7 @@ from pybn.folding.affine import Affine
 from pybn.folding.editor import Editor
 from pybn.folding.forward import FORWARD
 from pybn.folding.graph import Facts
+from pybn.folding.onnx import fold_onnx
 from pybn.folding.reasons import FoldError, Reason, Refusal
 from pybn.folding.steps import Step
 
@@ -786,3 +787,122 @@ def test_cast_to_a_wider_type_passes_and_to_a_narrower_one_does_not():
 
 def test_no_rule_for_what_is_not_piecewise_linear():
     assert not FORWARD.keys() & {"Sigmoid", "Tanh", "Softmax", "Elu", "Gelu", "HardSwish", "Exp", "Erf", "Sqrt", "Pow"}
+
+
+# Whole models: batch norms that no operator before them can take
+
+
+class Chain:
+    """A model under construction, of operators with random parameters."""
+
+    def __init__(self, seed, dtype):
+        self.rng, self.dtype = np.random.default_rng(seed), dtype
+        self.nodes, self.constants = [], {}
+
+    def node(self, op_type, *inputs, **attributes):
+        output = f"v{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op_type, inputs, [output], name=f"{op_type}_{output}", **attributes))
+        return output
+
+    def constant(self, array):
+        name = f"k{len(self.constants)}"
+        self.constants[name] = array.astype(self.dtype)
+        return name
+
+    def conv(self, x, channels, outputs, kernel, stride=1):
+        weight = self.rng.normal(size=(outputs, channels, kernel, kernel)) / np.sqrt(channels * kernel**2)
+        pads = [kernel // 2] * 4
+        return self.node("Conv", x, self.constant(weight), pads=pads, strides=[stride, stride])
+
+    def bn_relu(self, x, channels):
+        parameters = batch_norm(self.rng, channels)
+        norm = self.node("BatchNormalization", x, *(self.constant(array) for array in parameters.values()))
+        return self.node("Relu", norm)
+
+    def gemm(self, x, channels, outputs):
+        weight = self.constant(self.rng.normal(size=(outputs, channels)))
+        return self.node("Gemm", x, weight, self.constant(self.rng.normal(size=outputs)), transB=1)
+
+    def model(self, output, x, y):
+        self.nodes.append(helper.make_node("Identity", [output], ["y"]))
+        return model(self.nodes, self.constants, x, y, dtype=self.dtype)
+
+
+def preactivation_resnet(dtype):
+    """Blocks as in He et al. 2016: the first Relu of a block that strides goes to two convolutions."""
+    net = Chain(1, dtype)
+    x, channels = net.conv("x", 3, 4, 3), 4
+    for outputs, stride in ((4, 1), (8, 2), (8, 1)):
+        active = net.bn_relu(x, channels)
+        shortcut = x if stride == 1 else net.conv(active, channels, outputs, 1, stride)
+        inner = net.bn_relu(net.conv(active, channels, outputs, 3, stride), outputs)
+        x, channels = net.node("Add", net.conv(inner, outputs, outputs, 3), shortcut), outputs
+    pooled = net.node("Flatten", net.node("GlobalAveragePool", net.bn_relu(x, channels)))
+    return net.model(net.gemm(pooled, channels, 5), ["N", 3, 12, 10], ["N", 5])
+
+
+def densenet(dtype):
+    """Layers and transitions as in Huang et al. 2017."""
+    net = Chain(2, dtype)
+    x, channels = net.node("MaxPool", net.bn_relu(net.conv("x", 3, 6, 3), 6), kernel_shape=[3, 3], pads=[1] * 4), 6
+    for block in range(2):
+        for _ in range(3):
+            inner = net.conv(net.bn_relu(x, channels), channels, 8, 1)
+            x = net.node("Concat", x, net.conv(net.bn_relu(inner, 8), 8, 4, 3), axis=1)
+            channels += 4
+        if block == 0:
+            x = net.conv(net.bn_relu(x, channels), channels, channels // 2, 1)
+            x, channels = net.node("AveragePool", x, kernel_shape=[2, 2], strides=[2, 2]), channels // 2
+    pooled = net.node("Flatten", net.node("GlobalAveragePool", net.bn_relu(x, channels)))
+    return net.model(net.gemm(pooled, channels, 5), ["N", 3, 12, 10], ["N", 5])
+
+
+@pytest.mark.parametrize(("dtype", "run"), [("float64", reference), ("float32", runtime)])
+@pytest.mark.parametrize(("build", "borders"), [(preactivation_resnet, 3), (densenet, 0)])
+def test_a_network_whose_batch_norms_precede_convolutions_ends_without_any(build, borders, dtype, run):
+    proto = build(dtype)
+    x = np.random.default_rng(0).normal(size=(2, 3, 12, 10)).astype(dtype)
+    expected = run(proto, x=x)[0]
+    by_default, aggressive = fold_onnx(proto), fold_onnx(proto, aggressive=True)
+    assert 0 < batch_norms(by_default.model) < batch_norms(proto)
+    assert len(by_default.model.graph.node) < len(proto.graph.node)
+    assert batch_norms(aggressive.model) == 0, aggressive.report
+    for result in (by_default, aggressive):
+        onnx.checker.check_model(result.model, full_check=True)
+        bound = (1e-12 if dtype == "float64" else 2e-5) * np.abs(expected).max()
+        np.testing.assert_allclose(run(result.model, x=x)[0], expected, rtol=0, atol=bound)
+    maps = [t for t in aggressive.model.graph.initializer if len(t.dims) == 4 and t.dims[0] == 1 and t.dims[2] > 1]
+    assert len(maps) == borders
+    for result, options in ((by_default, {}), (aggressive, {"aggressive": True})):
+        again = fold_onnx(result.model, **options)
+        assert again.model.SerializeToString() == result.model.SerializeToString()
+
+
+def test_without_aggressive_no_operator_is_traded_for_another():
+    proto = densenet("float32")
+    before, after = operators(proto), operators(fold_onnx(proto).model)
+    assert {kind: before.count(kind) - after.count(kind) for kind in {*before, *after}} == {
+        **dict.fromkeys({*before, *after}, 0),
+        "BatchNormalization": 7,
+    }
+
+
+def test_a_linear_layer_of_sequences_keeps_its_matmul_and_add():
+    rng = np.random.default_rng(0)
+    constants = {
+        "w": rng.normal(size=(5, 4)),
+        "k": rng.normal(size=4),
+        "m": rng.normal(size=5),
+        "a": rng.normal(size=5),
+    }
+    nodes = [
+        helper.make_node("Mul", ["x", "m"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "a"], ["shifted"]),
+        helper.make_node("MatMul", ["shifted", "w"], ["product"]),
+        helper.make_node("Add", ["k", "product"], ["y"]),
+    ]
+    proto = model(nodes, constants, ["N", "T", 5], ["N", "T", 4], dtype="float64")
+    folded = fold_onnx(proto).model
+    assert operators(folded) == ["MatMul", "Add"]
+    x = rng.normal(size=(2, 3, 5))
+    np.testing.assert_allclose(reference(folded, x=x)[0], reference(proto, x=x)[0], rtol=0, atol=1e-12)
