@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from pybn.folding import axes
 from pybn.folding.affine import Affine, Array, Float64, is_supported, round_to
 from pybn.folding.graph import Facts, attribute, unavailable
 from pybn.folding.reasons import FoldError, Reason, Refusal
@@ -169,9 +170,9 @@ _HOLDS = {
 def cast(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """Cast between floats, unless the map would be computed in a narrower type than it was."""
     before, after = facts.dtype(node.inputs[0]), facts.dtype(node.outputs[0])
-    if before is None or after is None:
-        return Refusal(Reason.NARROWER_TYPE, "the types of Cast are unknown")
-    if after.name not in _HOLDS.get(before.name, ()):
+    if before is None or after is None or before.name not in _HOLDS:
+        return Refusal(Reason.NO_LINEAR_PRODUCER, f"it follows Cast, of {before} to {after}")
+    if after.name not in _HOLDS[before.name]:
         return Refusal(Reason.NARROWER_TYPE, f"before Cast it would be computed in {before.name}, not in {after.name}")
     return Step(carries=((0, affine),))
 
@@ -450,7 +451,7 @@ def add(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refus
     """Add, Sum and Sub of computed values: the scale goes to every operand, the shift to one of them."""
     if facts.opset(node) < 8 and (node.op_type == "Sum" or facts.opset(node) < 7):
         # Before these versions operands are not broadcast, or in another way.
-        return Refusal(Reason.AMBIGUOUS_BROADCAST, f"{node.op_type} of opset {facts.opset(node)}")
+        return Refusal(Reason.OLD_OPSET, f"{node.op_type} of opset {facts.opset(node)} broadcasts in another way")
     at_all = range(len(node.inputs))
     scales = [_operand(node, at, affine.only_scale(), facts) for at in at_all]
     refusal = next((scale for scale in scales if isinstance(scale, Refusal)), None)
@@ -470,7 +471,7 @@ def add(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refus
 def multiply(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """Mul and Div of computed values: a scale goes to either factor, or to what is divided."""
     if facts.opset(node) < 7:
-        return Refusal(Reason.AMBIGUOUS_BROADCAST, f"{node.op_type} of opset {facts.opset(node)}")
+        return Refusal(Reason.OLD_OPSET, f"{node.op_type} of opset {facts.opset(node)} broadcasts in another way")
     if not affine.keeps_zero:
         return Refusal(Reason.SHIFT_STAYS, f"a shift does not pass {node.op_type} of two computed values")
     steps: list[Step] = []
@@ -499,6 +500,7 @@ def _operand(node: ir.Node, at: int, affine: Affine, facts: Facts) -> Affine | R
 
 
 BACKWARD: dict[str, Rule] = {
+    **axes.BACKWARD,
     "Add": add,
     "AveragePool": average_pool,
     "Cast": cast,

@@ -40,7 +40,9 @@ class Editor:
         for rewrite in rewrites:
             node = rewrite.node
             for index, constant in sorted(rewrite.constants.items()):
-                if isinstance(constant, Quantized):
+                if constant is None:
+                    self._take_away(node, index)
+                elif isinstance(constant, Quantized):
                     self._set_quantized(node, index, constant)
                 else:
                     self._set_constant(node, index, constant)
@@ -178,6 +180,14 @@ class Editor:
         if old_style:
             graph.inputs.append(new)
         return new
+
+    def _take_away(self, node: ir.Node, index: int) -> None:
+        old = node.inputs[index] if index < len(node.inputs) else None
+        if old is not None:
+            node.replace_input_with(index, None)
+            self._release(old)
+        while node.inputs and node.inputs[-1] is None:
+            node.resize_inputs(len(node.inputs) - 1)
 
     def _is_private(self, value: ir.Value) -> bool:
         return value.is_initializer() and len(value.uses()) == 1 and not value.is_graph_output()
