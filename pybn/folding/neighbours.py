@@ -8,7 +8,7 @@ from pybn.folding.graph import STANDARD_DOMAINS, constant_source, display_name
 from pybn.folding.report import GRAPH_INPUT, GRAPH_OUTPUT, Neighbour
 
 # A value may have hundreds of users. What is nearest is kept.
-MOST = 24
+MOST = 16
 
 
 def neighbours(node: ir.Node, steps: int = 2) -> tuple[Neighbour, ...]:
