@@ -119,6 +119,10 @@ def choose(
         except FoldError as error:
             refusals.append(Refusal(error.reason, str(error)))
             continue
+        if rest is None and choice.gain < 1:
+            refusals.insert(
+                0, Refusal(Reason.NO_GAIN, f"it could go, but no operator would be saved: {choice.describe()}")
+            )
         if best is None or choice.gain > best.gain:
             best = choice
         if best.gain >= sufficient:
@@ -176,8 +180,6 @@ def _types_disagree(source: Source) -> Refusal | None:
 
 def _explain(refusals: list[Refusal]) -> Refusal:
     """Join why the map can go neither backward nor forward; the reason is the one of the way back."""
-    if not refusals:
-        return Refusal(Reason.NO_GAIN, "it could be folded, but no operator would be saved")
-    if len(refusals) == 1:
-        return refusals[0]
+    if len(refusals) < 2 or refusals[0].reason is Reason.NO_GAIN:
+        return refusals[0] if refusals else Refusal(Reason.NO_GAIN, "it could go, but no operator would be saved")
     return Refusal(refusals[0].reason, f"{refusals[0].detail}; forward, {refusals[1].detail}")

@@ -190,6 +190,14 @@ class Editor:
             graph.inputs.append(new)
         return new
 
+    def _take_away(self, node: ir.Node, index: int) -> None:
+        old = node.inputs[index] if index < len(node.inputs) else None
+        if old is not None:
+            node.replace_input_with(index, None)
+            self._release(old)
+        while node.inputs and node.inputs[-1] is None:
+            node.resize_inputs(len(node.inputs) - 1)
+
     def _is_private(self, value: ir.Value) -> bool:
         return value.is_initializer() and len(value.uses()) == 1 and not value.is_graph_output()
 

@@ -19,7 +19,7 @@ from pybn.folding import axes, backward
 from pybn.folding.affine import Affine, Array, Float64, is_supported, round_to
 from pybn.folding.graph import Facts, attribute, unavailable
 from pybn.folding.reasons import Reason, Refusal
-from pybn.folding.sources import constant_along
+from pybn.folding.sources import chain_constant
 from pybn.folding.steps import AttributeValue, Insert, Rewrite, Rule, Step
 from pybn.folding.weights_forward import (
     Window,
@@ -247,7 +247,7 @@ def _clamp(
     rest = dict.fromkeys(range(1, len(node.inputs)))
     without_bounds: dict[str, AttributeValue] = {name: None for name in ("min", "max") if name in node.attributes}
     needed = [
-        (op_type, constant_along(bound, onward, facts.rank(node.inputs[0]), dtype))
+        (op_type, chain_constant(bound, onward, facts.rank(node.inputs[0]), dtype))
         for op_type, bound, absent in (("Max", lower, -largest), ("Min", upper, largest))
         if (bound != absent).any()
     ]

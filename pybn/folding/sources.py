@@ -80,6 +80,9 @@ def absorb_after(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Ste
     """A map after a map, ``a (s x + t) + b``: a batch norm takes all of it, others what they can."""
     source = read(node, facts)
     assert isinstance(source, Source)
+    apart = _axes_apart(source, affine)
+    if apart is not None:
+        return apart
     own, total = source.affine, source.affine.then(affine)
     if source.is_batch_norm:
         return Step((_batch_norm_with(source, total, facts),))
@@ -102,6 +105,9 @@ def absorb_before(node: ir.Node, index: int, affine: Affine, facts: Facts) -> St
     assert isinstance(source, Source)
     if index != source.data:
         return Refusal(Reason.NO_LINEAR_CONSUMER, f"it is a parameter of {node.op_type}")
+    apart = _axes_apart(source, affine)
+    if apart is not None:
+        return apart
     own, total = source.affine, affine.then(source.affine)
     if source.is_batch_norm:
         return Step((_batch_norm_with(source, total, facts),))
@@ -115,6 +121,15 @@ def absorb_before(node: ir.Node, index: int, affine: Affine, facts: Facts) -> St
     with np.errstate(over="ignore", invalid="ignore"):  # round_to reports what is not finite
         shifted = Affine(sign, total.shift / (sign * total.scale), total.axis)
     return Step((_chain_with(source, shifted, facts),), ((0, affine.only_scale()),))
+
+
+def _axes_apart(source: Source, affine: Affine) -> Refusal | None:
+    if None in (source.affine.axis, affine.axis) or source.affine.axis == affine.axis:
+        return None
+    return Refusal(
+        Reason.AMBIGUOUS_BROADCAST,
+        f"the constant of {source.node.op_type} is along axis {source.affine.axis}, the map along {affine.axis}",
+    )
 
 
 def _shift(shift: Float64, axis: int | None) -> Affine:
@@ -142,11 +157,11 @@ def remainder(source: Source, affine: Affine, facts: Facts) -> Remainder:
     if dtype is None:
         raise FoldError(Reason.TYPE_MISMATCH, f"the type of {source.node.op_type}'s data is unknown")
     values = affine.shift if affine.keeps_scale else affine.scale
-    constant = constant_along(values, affine, facts.rank(value), dtype)
+    constant = chain_constant(values, affine, facts.rank(value), dtype)
     return Remainder("Add" if affine.keeps_scale else "Mul", constant)
 
 
-def constant_along(values: Float64, affine: Affine, rank: int | None, dtype: np.dtype[Any]) -> Array:
+def chain_constant(values: Float64, affine: Affine, rank: int | None, dtype: np.dtype[Any]) -> Array:
     """Give one value per channel the shape in which it broadcasts against data of this rank."""
     rounded = round_to(values, dtype, "the folded constant")
     if affine.axis is None:
@@ -301,5 +316,5 @@ def _chain_with(source: Source, affine: Affine, facts: Facts) -> Rewrite:
     if old is not None and old.size == values.size:
         constant = round_to(values, dtype, "the folded constant").reshape(old.shape)
     else:
-        constant = constant_along(values, affine, facts.rank(node.inputs[data]), dtype)
+        constant = chain_constant(values, affine, facts.rank(node.inputs[data]), dtype)
     return Rewrite(node, {1 - data: constant}, op_type)
