@@ -114,15 +114,6 @@ class Editor:
         output.name = spare
         return last
 
-    def _take_away(self, node: ir.Node, index: int) -> None:
-        """Remove an input, and its position if it is the last one."""
-        old = node.inputs[index] if index < len(node.inputs) else None
-        if old is not None:
-            node.replace_input_with(index, None)
-            self._release(old)
-        while node.inputs and node.inputs[-1] is None:
-            node.resize_inputs(len(node.inputs) - 1)
-
     def _set_quantized(self, node: ir.Node, index: int, constant: Quantized) -> None:
         """Give a node its own DequantizeLinear with new integers and scales."""
         old = node.inputs[index]
