@@ -858,8 +858,8 @@ def densenet(dtype):
 
 
 @pytest.mark.parametrize(("dtype", "run"), [("float64", reference), ("float32", runtime)])
-@pytest.mark.parametrize(("build", "borders"), [(preactivation_resnet, 3), (densenet, 0)])
-def test_a_network_whose_batch_norms_precede_convolutions_ends_without_any(build, borders, dtype, run):
+@pytest.mark.parametrize(("build", "has_borders"), [(preactivation_resnet, True), (densenet, False)])
+def test_a_network_whose_batch_norms_precede_convolutions_ends_without_any(build, has_borders, dtype, run):
     proto = build(dtype)
     x = np.random.default_rng(0).normal(size=(2, 3, 12, 10)).astype(dtype)
     expected = run(proto, x=x)[0]
@@ -872,10 +872,22 @@ def test_a_network_whose_batch_norms_precede_convolutions_ends_without_any(build
         bound = (1e-12 if dtype == "float64" else 2e-5) * np.abs(expected).max()
         np.testing.assert_allclose(run(result.model, x=x)[0], expected, rtol=0, atol=bound)
     maps = [t for t in aggressive.model.graph.initializer if len(t.dims) == 4 and t.dims[0] == 1 and t.dims[2] > 1]
-    assert len(maps) == borders
+    assert bool(maps) == has_borders
     for result, options in ((by_default, {}), (aggressive, {"aggressive": True})):
         again = fold_onnx(result.model, **options)
         assert again.model.SerializeToString() == result.model.SerializeToString()
+
+
+def test_a_relu_before_two_padded_convolutions():
+    net = Chain(3, "float64")
+    active = net.bn_relu("x", 4)
+    one, two = net.conv(active, 4, 3, 3), net.conv(active, 4, 3, 5)
+    proto = net.model(net.node("Add", one, two), ["N", 4, 7, 6], ["N", 3, 7, 6])
+    assert fold_onnx(proto).model == proto
+    folded = fold_onnx(proto, aggressive=True).model
+    assert sorted(operators(folded)) == ["Add", "Add", "Add", "Conv", "Conv", "Identity", "Max", "Min"]
+    x = np.random.default_rng(0).normal(size=(2, 4, 7, 6))
+    np.testing.assert_allclose(reference(folded, x=x)[0], reference(proto, x=x)[0], rtol=0, atol=1e-12)
 
 
 def test_without_aggressive_no_operator_is_traded_for_another():
