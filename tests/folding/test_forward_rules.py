@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from fold_models import ONNX_TYPE, batch_norm, batch_norms, model, runtime
+from fold_models import ONNX_TYPE, batch_norm, batch_norms, bn_node, model, runtime
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper
@@ -918,3 +918,20 @@ def test_a_linear_layer_of_sequences_keeps_its_matmul_and_add():
     assert operators(folded) == ["MatMul", "Add"]
     x = rng.normal(size=(2, 3, 5))
     np.testing.assert_allclose(reference(folded, x=x)[0], reference(proto, x=x)[0], rtol=0, atol=1e-12)
+
+
+def test_a_matmul_becomes_gemm_where_its_shift_would_cost_more_further_on():
+    rng = np.random.default_rng(0)
+    constants = {"v": rng.normal(size=(4, 3)), "w": rng.normal(size=(3, 2)), **batch_norm(rng, 4, "float64")}
+    nodes = [
+        bn_node("x", "n"),
+        helper.make_node("MatMul", ["n", "v"], ["m"]),
+        helper.make_node("Relu", ["m"], ["r"]),
+        helper.make_node("MatMul", ["r", "w"], ["y"]),
+    ]
+    proto = model(nodes, constants, ["N", 4], ["N", 2], dtype="float64")
+    x = rng.normal(size=(5, 4))
+    for aggressive in (False, True):
+        folded = fold_onnx(proto, aggressive=aggressive).model
+        assert operators(folded) == ["Gemm", "Relu", "MatMul"]
+        np.testing.assert_allclose(reference(folded, x=x)[0], reference(proto, x=x)[0], rtol=0, atol=1e-12)
