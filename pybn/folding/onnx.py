@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Generic, TypeVar, overload
 
 import numpy as np
@@ -46,18 +47,23 @@ class FoldResult(Generic[M]):
 @overload
 def fold_onnx(model_or_path: str | os.PathLike[str]) -> FoldResult[onnx.ModelProto]: ...
 @overload
-def fold_onnx(model_or_path: onnx.ModelProto) -> FoldResult[onnx.ModelProto]: ...
+def fold_onnx(model_or_path: onnx.ModelProto, *, folder: Path | None = None) -> FoldResult[onnx.ModelProto]: ...
 @overload
 def fold_onnx(model_or_path: ir.Model) -> FoldResult[ir.Model]: ...
 def fold_onnx(
     model_or_path: str | os.PathLike[str] | onnx.ModelProto | ir.Model,
+    *,
+    folder: Path | None = None,
 ) -> FoldResult[onnx.ModelProto] | FoldResult[ir.Model]:
     """Remove the evaluation-mode batch norms of an ONNX model, exactly.
 
     Parameters
     ----------
     model_or_path : path, onnx.ModelProto or onnx_ir.Model
-        Left untouched. External data of a path is read and becomes part of the result.
+        Left untouched. External data of a path becomes part of the result if it stays below the 2 GB of one
+        message; else what the fold leaves alone still refers to the files beside that path.
+    folder : Path, optional
+        Where the external data of a ModelProto is, if it has any.
 
     Returns
     -------
@@ -77,30 +83,27 @@ def fold_onnx(
         clone = model_or_path.clone()
         return FoldResult(clone, _fold_in_place(clone))
     if isinstance(model_or_path, onnx.ModelProto):
-        files.validate(model_or_path)
-        return _fold_proto(model_or_path)
+        files.validate(model_or_path, folder)
+        return _fold_proto(model_or_path, folder)
     if isinstance(model_or_path, (str, os.PathLike)):
         proto, info = files.read_model(model_or_path)
-        result = _fold_proto(proto)
+        result = _fold_proto(proto, Path(model_or_path).parent)
         return FoldResult(result.model, replace(result.report, input=info))
     raise TypeError(
         f"model_or_path is {type(model_or_path).__name__}, expected a path, an onnx.ModelProto or an onnx_ir.Model"
     )
 
 
-def _fold_proto(proto: onnx.ModelProto) -> FoldResult[onnx.ModelProto]:
+def _fold_proto(proto: onnx.ModelProto, folder: Path | None) -> FoldResult[onnx.ModelProto]:
     """Fold a valid ModelProto into a new one."""
-    try:
-        model = ir.from_proto(proto)
-    except Exception as error:  # onnx-ir has no common base class for what it rejects
-        raise files.ModelError(f"invalid model: {files.first_line(error)}") from error
+    model = files.to_ir(proto, folder)
     # onnx-ir shares tensors with the ModelProto, but its graph is new: nothing of `proto` changes.
     report = _fold_in_place(model)
     result = onnx.ModelProto()
     if report.folds:
         result = ir.to_proto(model)
         _restore_descriptions(result.graph, proto.graph)
-        files.validate(result)
+        files.validate(result, folder)
     else:
         # Nothing to fold: the very same bytes. So folding twice equals folding once.
         result.CopyFrom(proto)
