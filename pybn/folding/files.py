@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from pybn.folding.protos import (
 from pybn.folding.report import FileInfo
 from pybn.folding.validity import validate
 
-__all__ = ["MAX_BYTES", "ModelError", "first_line", "parse_model", "read_model", "to_ir", "validate", "write_model"]
+__all__ = ["Loaded", "ModelError", "first_line", "load", "parse", "read_model", "to_ir", "validate", "write_model"]
 
 # What is smaller stays in the model, as in onnx.save_model.
 EXTERNAL_FROM = 1024
@@ -40,6 +41,36 @@ EXTERNAL_FROM = 1024
 ALIGNMENT = 4096
 # A model whose weights are elsewhere is smaller than this; larger ones are not searched for names of data files.
 SEARCHED = 2**26
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model as it was read.
+
+    Attributes
+    ----------
+    proto : onnx.ModelProto
+        The model, with its external data moved into it if all is below 2 GB.
+    info : FileInfo
+        The file.
+    folder : Path or None
+        Where external data are; None for a model that does not come from a file.
+    data_files : set of Path
+        The resolved paths of the files in which the model keeps tensors.
+    content : bytes
+        The file's bytes, if they were asked for.
+    """
+
+    proto: onnx.ModelProto
+    info: FileInfo
+    folder: Path | None
+    data_files: frozenset[Path]
+    content: bytes = b""
+
+    def data(self) -> dict[str, bytes]:
+        """Read the data files, by the names that the model in `content` has for them."""
+        names = {external.location(tensor) for tensor in tensors(onnx.ModelProto.FromString(self.content))}
+        return {name: (self.folder / name).read_bytes() for name in sorted(names) if name and self.folder is not None}
 
 
 def read_model(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, FileInfo]:
@@ -50,6 +81,12 @@ def read_model(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, FileInfo]
     ModelError
         Whatever is wrong with the file, in one line.
     """
+    loaded = load(path)
+    return loaded.proto, loaded.info
+
+
+def load(path: str | os.PathLike[str], *, keep: bool = False) -> Loaded:
+    """Read and validate a model; `keep` keeps its bytes, too. Errors are those of `read_model`."""
     file = Path(path)
     try:
         if file.is_dir():
@@ -59,15 +96,17 @@ def read_model(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, FileInfo]
             if length > MAX_BYTES:
                 raise ModelError(f"{file}: {length} bytes, but an ONNX file holds at most {MAX_BYTES}")
             content = stream.read()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{file}: {getattr(error, 'strerror', None) or first_line(error)}") from error
-    return parse_model(content, str(file), file.parent)
+    except OSError as error:
+        raise ModelError(f"{file}: {error.strerror or first_line(error)}") from error
+    except ModelError:
+        raise
+    except ValueError as error:  # a NUL in the name
+        raise ModelError(f"{str(file)!r}: {first_line(error)}") from error
+    return parse(content, str(file), file.parent, keep=keep)
 
 
-def parse_model(content: bytes, name: str, folder: Path | None = None) -> tuple[onnx.ModelProto, FileInfo]:
-    """Read and validate a model from its bytes; `name` is for messages, `folder` has the external data."""
+def parse(content: bytes, name: str, folder: Path | None = None, *, keep: bool = False) -> Loaded:
+    """Read and validate a model from its bytes; `name` is for messages. Errors are those of `read_model`."""
     if not content:
         raise ModelError(f"{name}: the file is empty")
     proto = onnx.ModelProto()
@@ -76,25 +115,18 @@ def parse_model(content: bytes, name: str, folder: Path | None = None) -> tuple[
     except (DecodeError, UnicodeDecodeError, ValueError) as error:
         raise ModelError(f"{name}: not an ONNX model (damaged, or another format)") from error
     info = _file_info(Path(name), content)
+    kept = content if keep else b""
     del content  # validation needs memory of its own
     try:
-        if folder is not None and info.bytes + _external_bytes(proto) <= MAX_BYTES:
-            external.embed(proto, folder)
+        data_files = frozenset[Path]()
+        if folder is not None:
+            data_files = frozenset(external.files_of(proto, folder))
+            if info.bytes + _external_bytes(proto) <= MAX_BYTES:
+                external.embed(proto, folder)
         validate(proto, folder)
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from error
-    return proto, info
-
-
-def has_external_data(path: str | os.PathLike[str]) -> bool:
-    """Say whether a readable model keeps tensors in other files."""
-    return bool(external_data_files(path))
-
-
-def external_data_files(path: str | os.PathLike[str]) -> set[Path]:
-    """Return the resolved paths of the files in which a readable model keeps tensors."""
-    file = Path(path)
-    return external.files_of(onnx.ModelProto.FromString(file.read_bytes()), file.parent)
+    return Loaded(proto, info, folder, data_files, kept)
 
 
 def to_ir(proto: onnx.ModelProto, folder: Path | None = None) -> ir.Model:
@@ -173,9 +205,10 @@ def fits_one_file(proto: onnx.ModelProto) -> bool:
     return whole + 16 * len(left_out) <= MAX_BYTES and not any(map(is_external, tensors(proto)))
 
 
-def unused_data_files(before: set[Path], path: Path) -> list[Path]:
+def unused_data_files(before: Collection[Path], path: Path) -> list[Path]:
     """Return those of the files `before` that are there, but hold nothing of the model at `path` any more."""
-    return sorted(file for file in before - external_data_files(path) if file.exists())
+    now = external.files_of(onnx.ModelProto.FromString(path.read_bytes()), path.parent)
+    return sorted(file for file in before if file not in now and file.exists())
 
 
 def _write_two_files(proto: onnx.ModelProto, target: Path, folder: Path | None) -> FileInfo:
