@@ -19,6 +19,9 @@ from pybn.folding.graph import AttributeNotConstant, Facts, display_name, standa
 from pybn.folding.reasons import FoldError, Reason, Refusal
 from pybn.folding.steps import Rewrite, Rule, Step
 
+# Operators whose broadcasting is that of NumPy only since an opset.
+BROADCASTS_SINCE = {"Add": 7, "Sub": 7, "Mul": 7, "Div": 7, "PRelu": 7, "Max": 8, "Min": 8, "Sum": 8}
+
 # How far a map is carried: each level is two Python frames, whose number is limited.
 DEEPEST = 200
 # How many rules are asked for one plan, alternatives included.
@@ -59,8 +62,8 @@ class Plan:
 
     @property
     def nodes(self) -> tuple[ir.Node, ...]:
-        """Every node that the plan visits."""
-        return self.passed + self.absorbers
+        """Every node that the plan visits, once."""
+        return tuple(dict.fromkeys(self.passed + self.absorbers))
 
 
 class Walk:
@@ -190,11 +193,24 @@ class Walk:
             rule = sources.rule(node, self._facts, backward=backward) or table.get(op_type)
             if rule is None:
                 return Refusal(no_rule, f"{follows} {op_type}")
-            return rule(node, index, affine, self._facts)
+            return self._of_this_opset(rule(node, index, affine, self._facts), node)
         except FoldError as error:
             return Refusal(error.reason, str(error))
         except AttributeNotConstant as error:
             return Refusal(Reason.ATTRIBUTE_NOT_CONSTANT, f"{error} of {op_type} is a parameter of the local function")
+
+    def _of_this_opset(self, step: Step | Refusal, node: ir.Node) -> Step | Refusal:
+        """Refuse operators that broadcast, where they did not yet, or in another way."""
+        opset = self._facts.opset(node)
+        inserted: list[str] = []
+        if isinstance(step, Step) and opset < 8:
+            rewrites = step.rewrites
+            inserted = [insert.op_type for rewrite in rewrites for insert in rewrite.after]
+            inserted += [node.op_type, *(rewrite.op_type for rewrite in rewrites if rewrite.op_type is not None)]
+        old = [op_type for op_type in inserted if opset < BROADCASTS_SINCE.get(op_type, 0)]
+        if old:
+            return Refusal(Reason.OLD_OPSET, f"{old[0]} of opset {opset} broadcasts in another way")
+        return step
 
     @staticmethod
     def _visit(node: ir.Node, step: Step) -> Plan:
@@ -212,7 +228,7 @@ class Walk:
             mapped = round_to(affine.of(array), array.dtype, "the folded constant")
         except FoldError as error:
             return Refusal(error.reason, str(error))
-        return Plan((Rewrite(user, {index: mapped}),))
+        return Plan((Rewrite(user, {index: mapped}),), absorbers=(user,))
 
     def _only_feeds(self, user: ir.Node, index: int) -> ir.Node | Refusal:
         """Return the producer of an input, if its output goes nowhere else."""
