@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from fold_models import ONNX_TYPE, batch_norm, batch_norms, bn_node, model, runtime
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
@@ -27,6 +27,8 @@ from pybn.folding.reasons import FoldError, Reason, Refusal
 from pybn.folding.steps import Step
 
 SEEDS = st.integers(0, 10**6)
+# An example runs two models, one of them twice: a third of the profile's number of examples.
+some = settings(max_examples=settings().max_examples // 3)
 DTYPES = st.sampled_from(["float64", "float64", "float32"])
 TOLERANCE = {"float64": 1e-11, "float32": 1e-4, "float16": 3e-2}
 
@@ -137,6 +139,7 @@ def operators(proto):
 # Linear operators
 
 
+@some
 @given(
     seed=SEEDS,
     dims=st.integers(1, 3),
@@ -241,6 +244,7 @@ def convolve_transposed(proto, x):
     return [result.numpy()]
 
 
+@some
 @given(seed=SEEDS, dims=st.integers(1, 3), groups=st.sampled_from([1, 2, 3]), bias=st.booleans(), shift=st.booleans())
 def test_conv_transpose(seed, dims, groups, bias, shift):
     rng = np.random.default_rng(seed)
@@ -297,6 +301,7 @@ def test_conv_transpose_whose_output_is_not_known_takes_a_scale_only(shape, attr
     assert isinstance(step, Step)
 
 
+@some
 @given(
     seed=SEEDS,
     trans_a=st.booleans(),
@@ -325,6 +330,7 @@ def test_gemm(seed, trans_a, trans_b, alpha, beta, bias, dtype):
     assert step.cost == 0
 
 
+@some
 @given(seed=SEEDS, rank=st.integers(2, 4), dtype=DTYPES)
 def test_matmul_takes_the_scale_and_carries_the_shift(seed, rank, dtype):
     rng = np.random.default_rng(seed)
@@ -382,6 +388,7 @@ def test_weights_that_would_overflow_are_refused():
 # Activations
 
 
+@some
 @given(seed=SEEDS, signs=st.sampled_from(["all", "nonzero", "positive", "not negative", "negative"]), dtype=DTYPES)
 def test_relu(seed, signs, dtype):
     rng = np.random.default_rng(seed)
@@ -442,6 +449,7 @@ def test_constant_channels_stay_constant(op_type):
     assert operators(folded) == [op_type]
 
 
+@some
 @given(
     seed=SEEDS,
     bounds=st.sampled_from([(0.0, 6.0), (-1.0, 1.0), (None, 0.5), (-0.5, None), (None, None), (0.25, 0.25)]),
@@ -500,6 +508,7 @@ def test_clip_with_bounds_in_the_wrong_order_is_refused():
 # Pooling and resampling
 
 
+@some
 @given(
     seed=SEEDS,
     dims=st.integers(1, 3),
@@ -681,6 +690,7 @@ def test_split(axis, sizes, opset):
     assert_passes(proto, random_affine(rng, 5), x)
 
 
+@some
 @given(seed=SEEDS, opset=st.sampled_from([9, 13]), explicit=st.booleans())
 def test_slice(seed, opset, explicit):
     rng = np.random.default_rng(seed)
