@@ -9,12 +9,18 @@ Read in this order; each file uses only those above it:
 - ``rules``       one function per operator: how a map that follows it passes through it
 - ``editor``      changing a graph: new constants, a batch norm taken out
 - ``report``      what was folded, what was left, and what the check found
+- ``disk``        regular files, and how they are replaced so that a failure changes nothing
+- ``protos``      ONNX messages: their tensors, and copies without the tensors' data
+- ``external``    tensors in files beside a model, checked before they are read
+- ``validity``    what a model must be before anything is done with it
 - ``files``       reading models without trusting them, writing them atomically
+- ``reversible``  what a folded model carries so that its original can be restored
 - ``onnx``        the fold of a whole model
 - ``runtime``     running models, and timing them
 - ``inputs``      what to run them on
 - ``fold_proof``  the rounding bound of one fold, and the comparison with it
 - ``verify``      the comparison of a folded model with its original
+- ``inspection``  what a model holds that can be folded, and what would become of it
 
 Importing this package needs NumPy only; `fold_onnx` needs ``pybn[onnx]``.
 """

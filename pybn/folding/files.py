@@ -137,6 +137,10 @@ def to_ir(proto: onnx.ModelProto, folder: Path | None = None) -> ir.Model:
     ModelError
         If onnx-ir rejects the model, or the data.
     """
+    if folder is not None:
+        for file in external.files_of(proto, folder):
+            if file.stat().st_nlink > 1:
+                raise ModelError(f"external data {file.name} has several hard links, which onnx-ir does not read")
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx-ir has no common base class for what it rejects
