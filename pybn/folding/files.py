@@ -188,7 +188,11 @@ def write_model(
     target = Path(path)
     require_replaceable(target)
     if with_data_file or not fits_one_file(proto):
-        return _write_two_files(proto, target, folder)
+        model, outside = _moved_outside(proto)
+        if outside:
+            return _write_two_files(model, outside, target, folder)
+        if not fits_one_file(proto):
+            raise ModelError(f"without tensors of {EXTERNAL_FROM} bytes the model exceeds the {MAX_BYTES} of one file")
     content = proto.SerializeToString(deterministic=True)
     with disk.replacing(target) as file:
         file.write(content)
@@ -215,10 +219,12 @@ def unused_data_files(before: Collection[Path], path: Path) -> list[Path]:
     return sorted(file for file in before if file not in now and file.exists())
 
 
-def _write_two_files(proto: onnx.ModelProto, target: Path, folder: Path | None) -> FileInfo:
-    model, outside = _moved_outside(proto)
-    if not outside:
-        return write_model(model, target)
+def _write_two_files(
+    model: onnx.ModelProto,
+    outside: list[tuple[onnx.TensorProto, onnx.TensorProto]],
+    target: Path,
+    folder: Path | None,
+) -> FileInfo:
     old = _own_data_files(target)
     data, is_new = _write_data(target, outside, folder)
     for tensor, _ in outside:

@@ -142,6 +142,9 @@ def test_beyond_one_message_data_stay_outside_and_are_copied_to_the_result(tmp_p
     assert batch_norms(result.model) == 0
     out = tmp_path / "sub" / "out.onnx"
     out.parent.mkdir()
+    with pytest.raises(ModelError, match="without tensors of 1024 bytes"):
+        write_model(result.model, out, folder=tmp_path)
+    monkeypatch.setattr(files, "EXTERNAL_FROM", 100)
     write_model(result.model, out, folder=tmp_path)
     monkeypatch.undo()
     assert read_model(out)[0] == expected
