@@ -37,14 +37,14 @@ def print_report(report: FoldReport, *, everything: bool = False) -> None:
     console = Console(markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = FILE_WIDTH
-    rows = report.rows if everything else report.batch_norms
-    most = len(rows) if everything else MOST_ROWS
-    folds = [row for row in rows if isinstance(row, Fold)]
-    left = [row for row in rows if isinstance(row, Left)]
+    most = len(report.rows) if everything else MOST_ROWS
     checks = {} if report.check is None else {fold.name: fold for fold in report.check.folds}
+    failed = {name for name, check in checks.items() if not check.passed}
+    folds = [row for row in report.folds if everything or row.op_type == BATCH_NORM or row.name in failed]
+    left = report.left if everything else report.batch_norms_left
     if len(folds) > most:
         console.print(_folds_by_route(folds))
-        folds = [fold for fold in folds if fold.name in checks and not checks[fold.name].passed]
+        folds = [fold for fold in folds if fold.name in failed]
     if folds:
         console.print(_folds(folds, checks))
     if left:

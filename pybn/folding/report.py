@@ -397,7 +397,10 @@ def _read(kind: Any, value: Any) -> Any:
     if origin in (Union, types.UnionType):
         if type(None) in arguments:
             return None if value is None else _read(arguments[0], value)
-        return _read(Fold if value["status"] == "folded" else Left, value)  # `Row`, the only other union
+        status = value["status"]  # of a `Row`, the only other union
+        if status not in ("folded", "left"):
+            raise ValueError(f"{status!r} is neither 'folded' nor 'left'")
+        return _read(Fold if status == "folded" else Left, value)
     if origin is tuple:
         if not isinstance(value, list):
             raise TypeError(f"{value!r} is not a list")
