@@ -221,7 +221,7 @@ def inspect(
     try:
         with _one_line_errors(source):
             loaded = _load(source)
-            report = replace(_fold(loaded, progress=_bar("folding", loaded.info.bytes)).report, input=loaded.info)
+            report = replace(_fold(loaded, quiet=as_json).report, input=loaded.info)
             findings = inspection.inspect(loaded.proto, report, loaded.folder)
     except Failed as error:
         fail(str(error))
@@ -370,15 +370,8 @@ def _fold_one(job: Job, options: Options) -> tuple[FoldReport, str | None]:
         loaded = _load(job.source, keep=options.reversible)
         if job.target not in (None, STANDARD, job.source):
             _require_target(job.target, loaded)
-        result = _fold(
-            loaded,
-            aggressive=options.aggressive,
-            skip=options.skip,
-            only=options.only,
-            progress=_bar("folding", loaded.info.bytes, options.quiet),
-        )
+        result = _fold(loaded, options.quiet, options.aggressive, options.skip, options.only)
         report = replace(result.report, input=loaded.info)
-        _require_known((*options.skip, *options.only), report)
         if options.check is not None or options.check_data is not None:
             report = replace(report, check=_verify(loaded, result.model, report, options))
         if options.measure:
@@ -389,11 +382,32 @@ def _fold_one(job: Job, options: Options) -> tuple[FoldReport, str | None]:
     return report, failure and f"{job.source}: {failure}; nothing was written"
 
 
-def _fold(loaded: Loaded, **options: Any) -> FoldResult[onnx.ModelProto]:
+def _fold(
+    loaded: Loaded,
+    quiet: bool,
+    aggressive: bool = False,
+    skip: Collection[str] = (),
+    only: Collection[str] = (),
+) -> FoldResult[onnx.ModelProto]:
+    from pybn.folding.files import ModelError
     from pybn.folding.onnx import fold_onnx
 
-    given = {name: value for name, value in options.items() if value}
-    return fold_onnx(loaded.proto, folder=loaded.folder, **given)
+    with _bar("folding", hidden=quiet or loaded.info.bytes < LARGE_BYTES) as progress:
+        try:
+            return fold_onnx(
+                loaded.proto,
+                folder=loaded.folder,
+                aggressive=aggressive,
+                skip=skip,
+                only=only,
+                progress=progress,
+            )
+        except ModelError:
+            raise
+        except ValueError as error:  # of names that no node has
+            if not skip and not only:
+                raise
+            raise WrongUsage(f"{error}; `pybn inspect` lists them") from error
 
 
 def _load(source: Path, *, keep: bool = False) -> Loaded:
@@ -410,13 +424,6 @@ def _require_target(target: Path, loaded: Loaded) -> None:
     require_replaceable(target)
     if target.exists() and target.resolve() in loaded.data_files:
         raise WrongUsage("OUT is a file in which IN keeps its weights")
-
-
-def _require_known(names: tuple[str, ...], report: FoldReport) -> None:
-    known = {name for row in report.rows for name in (row.name, row.output)}
-    for name in names:
-        if name not in known:
-            raise WrongUsage(f"no batch norm or affine node is named {name!r}; `pybn inspect` lists them")
 
 
 def _failure(report: FoldReport, options: Options) -> str | None:
@@ -568,14 +575,21 @@ def _failures(check: Check) -> str:
     return ", ".join(folds + outputs)
 
 
-def _bar(what: str, size: int = LARGE_BYTES, quiet: bool = False) -> Progress | None:
-    """Return what shows how far an iteration is; None where nobody looks, or for what is over soon."""
-    console = terminal.error_console()
-    if quiet or size < LARGE_BYTES or not console.is_terminal:
-        return None
-    from rich.progress import track
+@contextlib.contextmanager
+def _bar(what: str, *, hidden: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show how far something is, of which it is told what is done and what there is to do."""
+    from rich.progress import Progress
 
-    return lambda items: track(items, what, console=console, transient=True)
+    console = terminal.error_console()
+    with Progress(console=console, transient=True, disable=hidden or not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _counted(items: Sequence[T], told: Callable[[int, int], None]) -> Iterator[T]:
+    for done, item in enumerate(items):
+        told(done, len(items))
+        yield item
 
 
 @contextlib.contextmanager
