@@ -2,25 +2,36 @@
 
 Read in this order; each file uses only those above it:
 
-- ``reasons``     why a batch norm is left alone: the codes, and what would unlock each
-- ``affine``      the map ``y = scale * x + shift`` that a batch norm is, and its rounding
-- ``weights``     the array algebra: a map absorbed by the weights of a linear operator
-- ``graph``       what a rule may ask of an ONNX graph: constants and shapes
-- ``rules``       one function per operator: how a map that follows it passes through it
-- ``editor``      changing a graph: new constants, a batch norm taken out
-- ``report``      what was folded, what was left, and what the check found
-- ``disk``        regular files, and how they are replaced so that a failure changes nothing
-- ``protos``      ONNX messages: their tensors, and copies without the tensors' data
-- ``external``    tensors in files beside a model, checked before they are read
-- ``validity``    what a model must be before anything is done with it
-- ``files``       reading models without trusting them, writing them atomically
-- ``reversible``  what a folded model carries so that its original can be restored
-- ``onnx``        the fold of a whole model
-- ``runtime``     running models, and timing them
-- ``inputs``      what to run them on
-- ``fold_proof``  the rounding bound of one fold, and the comparison with it
-- ``verify``      the comparison of a folded model with its original
-- ``inspection``  what a model holds that can be folded, and what would become of it
+- ``reasons``          why a node is left alone: the codes, and what would unlock each
+- ``affine``           the map ``y = scale * x + shift`` that a batch norm is, and its rounding
+- ``weights``          the array algebra: a map absorbed by the weights of a linear operator before it,
+- ``weights_forward``  or after it
+- ``state_dict``       the same for a dictionary of arrays
+- ``graph``            what a rule may ask of an ONNX graph: constants, shapes, types
+- ``steps``            what a rule is, and what it answers
+- ``sources``          the nodes that are maps themselves: read, and written
+- ``axes``             one rule per operator that moves axes, in both directions
+- ``backward``         one rule per operator: how a map that follows it passes through it
+- ``forward``          one rule per operator: how a map that precedes it passes through it
+- ``walk``             from operator to operator, until all of a map is absorbed
+- ``choice``           all ways to fold one node, by what they cost
+- ``editor``           changing a graph: new constants, a node taken out
+- ``report``           what was folded, what was left, and what the check found
+- ``neighbours``       what surrounds a node that is left
+- ``engine``           the fold of a model in place: every node in its turn
+- ``passes``           the same as a pass of onnx-ir
+- ``disk``             regular files, and how they are replaced so that a failure changes nothing
+- ``protos``           ONNX messages: their tensors, and copies without the tensors' data
+- ``external``         tensors in files beside a model, checked before they are read
+- ``validity``         what a model must be before anything is done with it
+- ``files``            reading models without trusting them, writing them so that a failure changes nothing
+- ``reversible``       what a folded model carries so that its original can be restored
+- ``onnx``             `fold_onnx`
+- ``runtime``          running models, and timing them
+- ``inputs``           what to run them on
+- ``fold_proof``       the rounding bound of one fold, and the comparison with it
+- ``verify``           the comparison of a folded model with its original
+- ``inspection``       what a model holds that can be folded, and what would become of it
 
 Importing this package needs NumPy only; `fold_onnx` needs ``pybn[onnx]``.
 """
@@ -31,9 +42,10 @@ from typing import Any
 
 from pybn.folding.affine import Affine
 from pybn.folding.reasons import FoldError, Reason
+from pybn.folding.state_dict import fold_state_dict
 from pybn.folding.weights import fold_conv, fold_linear
 
-__all__ = ["Affine", "FoldError", "Reason", "fold_conv", "fold_linear", "fold_onnx"]
+__all__ = ["Affine", "FoldError", "Reason", "fold_conv", "fold_linear", "fold_onnx", "fold_state_dict"]
 
 
 def __getattr__(name: str) -> Any:

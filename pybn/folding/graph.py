@@ -336,7 +336,7 @@ def _bare(model: ir.Model) -> onnx.ModelProto:
 
 def _without_data(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     if tensor.size <= _LARGEST_SHAPE:
-        return tensor
+        return ir.tensor(tensor.numpy(), name=tensor.name) if isinstance(tensor, ir.ExternalTensor) else tensor
     stub = onnx.TensorProto(name=tensor.name or "", data_type=int(tensor.dtype), dims=tensor.shape.numpy())
     return ir.TensorProtoTensor(stub)
 
