@@ -47,7 +47,7 @@ def _folds(report: FoldReport) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("batch norm", "folded into", "operator"):
         table.add_column(column, overflow="fold")
-    checks = {} if report.check is None else {fold.name: fold for fold in report.check.folds}
+    checks = {} if report.check is None else {name: check for check in report.check.folds for name in check.folds}
     if checks:
         table.add_column("largest error", justify="right")
         table.add_column("bound", justify="right")
@@ -95,16 +95,17 @@ def _print_check(console: Console, check: Check) -> None:
             f"{seen.changed} of {seen.samples} predictions changed, "
             f"accuracy {seen.accuracy_before:.2%} before, {seen.accuracy_after:.2%} after"
         )
-    if not check.runtime_agrees:
+    for model in check.runtime_at_fault:
         console.print(
-            "onnxruntime's own optimiser moves the original model's outputs beyond the bound",
+            f"onnxruntime's own optimiser moves the {model} model's outputs beyond the bound",
             style="yellow",
         )
     timing = check.timing
-    console.print(
-        f"time per run {_speed(timing.plain_before, timing.plain_after)}; "
-        f"optimised by onnxruntime {_speed(timing.optimised_before, timing.optimised_after)}"
-    )
+    if timing is not None:
+        console.print(
+            f"time per run {_speed(timing.plain_before, timing.plain_after)}; "
+            f"optimised by onnxruntime {_speed(timing.optimised_before, timing.optimised_after)}"
+        )
 
 
 def _closeness(output: OutputCheck) -> float:
