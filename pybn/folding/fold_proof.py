@@ -78,22 +78,19 @@ class SegmentProof:
         Returns
         -------
         ndarray
-            The bound of every element, in the type of `expected`; zero where it is not finite.
+            The bound of every element, in the type of `expected`; zero where it is not finite, or not known.
         """
         try:
             actual = self._folded.run(activations)
+            _require_same_kind(actual, expected)
             bound = self._bound(activations, expected)
         except (CheckError, NoBound) as error:
-            self.fail(str(error))
+            self._keep_worst(np.inf, self._check(np.inf, 0.0, passed=False, detail=str(error)))
             return np.zeros_like(expected)
         self._record(expected, actual, bound)
         with np.errstate(over="ignore"):
             narrow = bound.astype(expected.dtype)
         return np.where(np.isfinite(narrow), narrow, np.zeros_like(narrow))
-
-    def fail(self, detail: str) -> None:
-        """Record that the segment could not be compared."""
-        self._keep_worst(np.inf, self._check(np.inf, 0.0, passed=False, detail=detail))
 
     def skip(self, detail: str) -> None:
         """Record that the segment was not compared by itself; the comparison of the models decides."""
@@ -112,10 +109,8 @@ class SegmentProof:
             return np.zeros(np.shape(expected))
         double = PRECISION["float64"][0]
         folding = gamma(2 * (before.products + before.others), double)
-        bound = before.size.astype(np.float64) * (self._relative(before) + folding)
-        if after.size.shape == before.size.shape:  # another shape is an error of its own
-            bound += after.size.astype(np.float64) * self._relative(after)
-        return bound
+        bound: npt.NDArray[np.float64] = before.size.astype(np.float64) * (self._relative(before) + folding)
+        return bound + after.size.astype(np.float64) * self._relative(after)
 
     def _relative(self, known: Majorant) -> float:
         accumulated = self._unit
@@ -144,10 +139,6 @@ class SegmentProof:
         return Majorants(self.segment.original, original), Majorants(self.segment.folded, folded)
 
     def _record(self, expected: Array, actual: Array, bound: npt.NDArray[np.float64]) -> None:
-        if actual.shape != expected.shape or actual.dtype != expected.dtype:
-            found = f"{actual.dtype} of shape {actual.shape}, expected {expected.dtype} of shape {expected.shape}"
-            self.fail(f"the folded expression gives {found}")
-            return
         usable = np.isfinite(expected.astype(np.float64)) & np.isfinite(bound)
         if not usable.any():
             return
@@ -166,6 +157,12 @@ class SegmentProof:
     def _keep_worst(self, ratio: float, found: FoldCheck) -> None:
         if ratio > self._worst_ratio:
             self._worst_ratio, self._worst = ratio, found
+
+
+def _require_same_kind(actual: Array, expected: Array) -> None:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        found = f"{actual.dtype} of shape {actual.shape}, expected {expected.dtype} of shape {expected.shape}"
+        raise CheckError(f"the folded expression gives {found}")
 
 
 class Evaluator:

@@ -291,25 +291,33 @@ def concat(call: Call) -> Sequence[Known]:
     return [Majorant(call.run()[0], *most(call.operands()))]
 
 
-def largest(call: Call) -> Sequence[Known]:
-    """Max and Min: no larger than the largest operand."""
-    operands = call.operands()
-    return [Majorant(call.run(op_type="Max")[0], *most(operands))]
+def extreme(call: Call) -> Sequence[Known]:
+    """Max and Min: a constant on its own side of zero makes no value larger (Max with one below zero, say)."""
+    sign = 1 if call.node.op_type == "Max" else -1
+    return _limited(call, call.operands(), [sign] * len(call.inputs))
 
 
 def clip(call: Call) -> Sequence[Known]:
-    """Clip: a bound beyond zero can make a value larger, a bound on its own side of zero cannot."""
-    x = call.operand(0)
-    size, others = x.size, x.others
-    for index, name, sign in ((1, "min", 1.0), (2, "max", -1.0)):
-        known = call.optional(index)
-        if call.opset < 11:
-            size = np.maximum(size, sign * call.attribute(name, -sign * np.inf))
-        elif known is not None:
-            bound = call.operand(index)
-            size = np.maximum(size, bound.size if bound.value is None else sign * bound.value)
-            others = max(others, bound.others)
-    return [Majorant(size.astype(call.arithmetic.wide), x.products, others)]
+    """Clip is Max with its lower and Min with its upper bound."""
+    if call.opset < 11:
+        low, high = (np.array(call.attribute(name, end)) for name, end in (("min", -np.inf), ("max", np.inf)))
+        limits = [Majorant(np.abs(low), value=low), Majorant(np.abs(high), value=high)]
+        return _limited(call, [call.operand(0), *limits], [0, 1, -1])
+    given = [index for index in range(3) if call.optional(index) is not None]
+    return _limited(call, [call.operand(index) for index in given], [(0, 1, -1)[index] for index in given])
+
+
+def _limited(call: Call, operands: Sequence[Majorant], signs: Sequence[int]) -> Sequence[Known]:
+    """Bound ``max`` or ``min`` of operands; a constant counts where its value has the given sign.
+
+    ``max(x, c)`` with ``c < 0`` is ``c`` only where ``|c| < |x|``, so that there its rounding is relative to ``|x|``.
+    """
+    data = [operand for operand in operands if operand.value is None] or operands
+    size = data[0].size
+    for operand, sign in zip(operands, signs, strict=True):
+        limit = operand.size if operand.value is None or data is operands else sign * operand.value
+        size = np.maximum(size, limit)
+    return call.rounded(size, *most(operands))
 
 
 def sloped(call: Call) -> Sequence[Known]:
@@ -474,9 +482,9 @@ RULES: dict[str, Rule] = {
     "Identity": identity,
     "LeakyRelu": sloped,
     "MatMul": matmul,
-    "Max": largest,
+    "Max": extreme,
     "MaxPool": greatest,
-    "Min": largest,
+    "Min": extreme,
     "Mul": multiply,
     "Neg": unchanged,
     "PRelu": sloped,

@@ -102,7 +102,8 @@ class Operator:
         self, inputs: Sequence[Array | None], *, op_type: str = "", attributes: Mapping[str, float] | None = None
     ) -> list[Array]:
         """Run the node, or one of another type with other attributes, and return its outputs."""
-        feeds = {f"in{i}": array for i, array in enumerate(inputs) if array is not None}
+        # NumPy turns arrays without axes into scalars, which runtimes do not take.
+        feeds = {f"in{i}": np.asarray(array) for i, array in enumerate(inputs) if array is not None}
         types = tuple((name, array.dtype.name) for name, array in feeds.items())
         key = (op_type, types)
         if key not in self._sessions:

@@ -32,7 +32,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import EncodeError
@@ -47,8 +46,9 @@ from pybn.folding.segments import DifferentInterface, Segment, segments
 
 PROBES = 3
 SAFETY = 4.0
-# The tolerance for models whose segments cannot all be probed, in units of u times the largest output.
-UNPROBED_TOLERANCE = 1e4
+# The tolerance where no bound is derived, in units of u times the largest output: for models whose segments cannot all
+# be probed, and for the runtime's optimiser, which may change the order of every sum.
+TOLERANCE = 1e4
 
 # Models above this size, in bytes, are run from a file: one protobuf message holds 2 GiB at most.
 LARGE = 2**30
@@ -172,9 +172,8 @@ class _Comparison:
             model.session(f"the {what} model, optimised", optimise=True)
             for model, what in ((before, "original"), (after, "folded"))
         ]
-        derived = not self._inside
         self._outputs, self._runtime_original, self._runtime_folded = (
-            {name: _OutputTally(name, derived) for name in self._names} for _ in range(3)
+            {name: _OutputTally(name, derived) for name in self._names} for derived in (not self._inside, False, False)
         )
         self._rng = np.random.default_rng(0)
 
@@ -223,19 +222,20 @@ class _Comparison:
                 tallies[name].add(old, new, movement)
         return expected, actual
 
-    def _movement(self, feeds: Feeds, actual: list[Any], deltas: Mapping[str, Array]) -> list[npt.NDArray[np.float64]]:
-        """Measure how far the outputs move when every segment's value moves by its bound."""
-        moved = [np.zeros(np.shape(value)) for value in actual]
+    def _movement(self, feeds: Feeds, actual: list[Any], deltas: Mapping[str, Array]) -> list[float]:
+        """Measure how far each output moves when every segment's value moves by its bound."""
+        moved = [0.0] * len(actual)
         deltas = {name: delta for name, delta in deltas.items() if delta.dtype.name in PRECISION}
-        if not deltas:
+        # A segment that has failed has no bound, and so neither have the outputs.
+        if not deltas or not all(proof.result().passed for proof in self._visible):
             return moved
         if self._probed is None:
             perturbed = _perturbed(self._after.changed(self._folded_graph), deltas)
             self._probed = Session(perturbed, "the folded model, probed", folder=self._after.folder)
         for _ in range(PROBES):
             signs = {DELTA + name: _random_signs(self._rng, delta) for name, delta in deltas.items()}
-            for total, value, base in zip(moved, self._probed.run({**feeds, **signs}), actual, strict=True):
-                np.maximum(total, _distance(value, base), out=total)
+            probed = self._probed.run({**feeds, **signs})
+            moved = [max(far, _distance(value, base)) for far, value, base in zip(moved, probed, actual, strict=True)]
         return moved
 
 
@@ -281,7 +281,7 @@ class _OutputTally:
     passed: bool = True
     _ratio: float = field(default=-1.0, repr=False)
 
-    def add(self, expected: Any, actual: Any, movement: npt.NDArray[np.float64]) -> None:
+    def add(self, expected: Any, actual: Any, movement: float) -> None:
         """Compare one run. Tensors of floats are judged; anything else is counted."""
         if not isinstance(expected, np.ndarray) or expected.dtype.name not in PRECISION:
             self.changed += _count_changes(expected, actual)
@@ -297,12 +297,10 @@ class _OutputTally:
         if not before.size:
             return
         largest = float(np.abs(before).max())
-        limit = (
-            # One rounding of the output itself may always differ.
-            SAFETY * (float(movement[finite].max()) + unit * largest)
-            if self.derived
-            else UNPROBED_TOLERANCE * unit * largest
-        )
+        # One rounding of the output itself may always differ.
+        limit = SAFETY * (movement + unit * largest)
+        if not self.derived:
+            limit = max(limit, TOLERANCE * unit * largest)
         difference = np.abs(after - before)
         error = float(np.where(np.isnan(difference), np.inf, difference).max())
         ratio = error / limit if limit else (0.0 if error == 0 else np.inf)
@@ -321,12 +319,13 @@ def _count_changes(expected: Any, actual: Any) -> int:
     return int(str(expected) != str(actual))
 
 
-def _distance(value: Any, base: Any) -> npt.NDArray[np.float64]:
+def _distance(value: Any, base: Any) -> float:
+    """Return the largest finite difference of two tensors of floats; 0 for anything else."""
     if not isinstance(base, np.ndarray) or base.dtype.name not in PRECISION:
-        return np.zeros(np.shape(base))
+        return 0.0
     with np.errstate(invalid="ignore", over="ignore"):
-        distance: npt.NDArray[np.float64] = np.abs(value.astype(np.float64) - base.astype(np.float64))
-    return np.where(np.isfinite(distance), distance, 0.0)
+        distance = np.abs(value.astype(np.float64) - base.astype(np.float64))
+    return float(np.where(np.isfinite(distance), distance, 0.0).max(initial=0.0))
 
 
 def _random_signs(rng: np.random.Generator, delta: Array) -> Array:
