@@ -8,10 +8,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pybn.folding.onnx import FoldResult
     from pybn.folding.report import Check, FoldReport, WeightRange
 
-Progress: TypeAlias = Callable[[Iterable[Any]], Iterable[Any]]
+T = TypeVar("T")
 
 # Standard input or output.
 STANDARD = Path("-")
@@ -570,7 +570,7 @@ def _weights(loaded: Loaded, folded: onnx.ModelProto) -> tuple[WeightRange, ...]
 
 
 def _failures(check: Check) -> str:
-    folds = [f"fold {fold.name}" for fold in check.folds if not fold.passed]
+    folds = [f"fold {', '.join(fold.folds) or fold.output}" for fold in check.folds if not fold.passed]
     outputs = [f"output {output.name}" for output in check.outputs if not output.passed]
     return ", ".join(folds + outputs)
 

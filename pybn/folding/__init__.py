@@ -27,9 +27,13 @@ Read in this order; each file uses only those above it:
 - ``files``            reading models without trusting them, writing them so that a failure changes nothing
 - ``reversible``       what a folded model carries so that its original can be restored
 - ``onnx``             `fold_onnx`
-- ``runtime``          running models, and timing them
-- ``inputs``           what to run them on
-- ``fold_proof``       the rounding bound of one fold, and the comparison with it
+- ``segments``         where two models differ: values of both that they compute in different ways
+- ``inlining``         local functions put where they are called, so that this can be seen
+- ``widening``         bfloat16 models for runtimes that do not know the type
+- ``runtime``          running models and single operators, and timing them
+- ``majorant``         how far rounding may move a value: one rule per operator
+- ``inputs``           what to run models on
+- ``fold_proof``       the rounding bound of one difference, and the comparison with it
 - ``verify``           the comparison of a folded model with its original
 - ``inspection``       what a model holds that can be folded, and what would become of it
 
