@@ -16,9 +16,13 @@ Read in this order; each file uses only those above it:
 - ``html``        the report as a page, from ``templates``
 - ``files``       reading models without trusting them, writing them atomically
 - ``onnx``        the fold of a whole model
-- ``runtime``     running models, and timing them
-- ``inputs``      what to run them on
-- ``fold_proof``  the rounding bound of one fold, and the comparison with it
+- ``segments``    where two models differ: values of both that they compute in different ways
+- ``inlining``    local functions put where they are called, so that this can be seen
+- ``widening``    bfloat16 models for runtimes that do not know the type
+- ``runtime``     running models and single operators, and timing them
+- ``majorant``    how far rounding may move a value: one rule per operator
+- ``inputs``      what to run models on
+- ``fold_proof``  the rounding bound of one difference, and the comparison with it
 - ``verify``      the comparison of a folded model with its original
 
 Importing this package needs NumPy only; `fold_onnx` needs ``pybn[onnx]``.

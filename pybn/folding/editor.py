@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 
@@ -16,6 +16,7 @@ class Editor:
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
+        self._settled: set[ir.Value] = set()
         self._names = {value.name for scope in scopes(model) for value in _all_values(scope.graph) if value.name}
 
     def apply(self, rewrites: tuple[Rewrite, ...]) -> None:
@@ -40,6 +41,7 @@ class Editor:
         # The value takes over the name and description of the batch norm's output: it carries
         # that data now, and graph outputs and captures by subgraphs keep their names.
         value.name = output.name
+        self._settled.add(value)
         value.doc_string = output.doc_string
         value.metadata_props.clear()
         value.metadata_props.update(output.metadata_props)
@@ -47,6 +49,12 @@ class Editor:
         value.shape = output.shape or value.shape
         for parameter in parameters:
             self._release(parameter)
+
+    def rename_changed(self, nodes: Iterable[ir.Node]) -> None:
+        """Give new names to values that carry other data now: a name of both models means the same data in both."""
+        for value in dict.fromkeys(node.outputs[0] for node in nodes):
+            if value not in self._settled:
+                value.name = self._unused_name(value.name or "value")
 
     def _set_constant(self, node: ir.Node, index: int, array: Array) -> None:
         old = node.inputs[index] if index < len(node.inputs) else None

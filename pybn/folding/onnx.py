@@ -137,15 +137,17 @@ def _fold_in_place(model: ir.Model) -> FoldReport:
     facts = Facts(model)
     editor = Editor(model)
     rows: list[Fold | Left] = []
+    passed: list[ir.Node] = []
     # Graph order is topological, so what is upstream of a batch norm has settled before its turn.
     for scope in list(scopes(model)):
         for node in list(scope.graph):
             if standard_type(node, model) == "BatchNormalization":
-                rows.append(_fold_batch_norm(node, scope, facts, editor))
+                rows.append(_fold_batch_norm(node, scope, facts, editor, passed))
+    editor.rename_changed(passed)
     return FoldReport(tuple(rows))
 
 
-def _fold_batch_norm(node: ir.Node, scope: Scope, facts: Facts, editor: Editor) -> Fold | Left:
+def _fold_batch_norm(node: ir.Node, scope: Scope, facts: Facts, editor: Editor, passed: list[ir.Node]) -> Fold | Left:
     """Fold one batch norm, or say why not. Nothing changes unless the whole way back is clear."""
     name, output = display_name(node), _first_output(node)
     found = _read_batch_norm(node, scope, facts)
@@ -168,6 +170,7 @@ def _fold_batch_norm(node: ir.Node, scope: Scope, facts: Facts, editor: Editor) 
     )
     editor.apply(path.rewrites)
     editor.remove(node)
+    passed.extend(path.nodes)
     return fold
 
 
