@@ -18,6 +18,10 @@ Read in this order; each file uses only those above it:
 - ``editor``           changing a graph: new constants, a node taken out
 - ``report``           what was folded, what was left, and what the check found
 - ``neighbours``       what surrounds a node that is left
+- ``ranges``           how large weights are before and after, for the report
+- ``sketch``           a small graph laid out
+- ``picture``          the ranges as a picture
+- ``html``             the report as a page, from ``templates``
 - ``engine``           the fold of a model in place: every node in its turn
 - ``passes``           the same as a pass of onnx-ir
 - ``disk``             regular files, and how they are replaced so that a failure changes nothing

@@ -68,6 +68,11 @@ class Fold:
     cost: int
     scale_range: tuple[float, float]
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """The graph and the name, by which the check knows the fold."""
+        return self.graph, self.name
+
 
 @dataclass(frozen=True)
 class Neighbour:
@@ -242,6 +247,13 @@ class OutputCheck:
     passed: bool
 
 
+def closeness(check: FoldCheck | OutputCheck) -> float:
+    """Return the error as a part of the bound; infinity for what did not pass."""
+    if not check.passed:
+        return math.inf
+    return check.error / check.bound if check.bound else 0.0
+
+
 @dataclass(frozen=True)
 class Timing:
     """Median seconds per run of both models, optimised by the runtime or not."""
@@ -295,6 +307,14 @@ class Check:
     def passed(self) -> bool:
         """Whether every fold and every output is within its bound."""
         return all(f.passed for f in self.folds) and all(o.passed for o in self.outputs)
+
+    @property
+    def by_fold(self) -> dict[tuple[str, str], FoldCheck]:
+        """What was found of each fold, by its `Fold.key`: of several values, the one that is closest to its bound."""
+        found: dict[tuple[str, str], FoldCheck] = {}
+        for check in sorted(self.folds, key=closeness):
+            found |= {(check.graph, name): check for name in check.folds}
+        return found
 
     @property
     def runtime_agrees(self) -> bool:
