@@ -222,7 +222,8 @@ def inspect(
         with _one_line_errors(source):
             loaded = _load(source)
             report = replace(_fold(loaded, quiet=as_json).report, input=loaded.info)
-            findings = inspection.inspect(loaded.proto, report, loaded.folder)
+            aggressive = _fold(loaded, quiet=as_json, aggressive=True).report
+            findings = inspection.inspect(loaded.proto, report, aggressive, loaded.outside)
     except Failed as error:
         fail(str(error))
     if as_json:
@@ -232,19 +233,16 @@ def inspect(
         where = "" if finding.graph == "main" else f" in {finding.graph}"
         lines = [
             f"{finding.op_type} {finding.name}{where}",
-            f"  after       {', '.join(finding.before)}",
-            f"  before      {', '.join(finding.after)}",
+            f"  from        {', '.join(finding.before)}",
+            f"  to          {', '.join(finding.after)}",
             f"  default     {finding.default}",
         ]
         if finding.aggressive is not None:
             lines.append(f"  aggressive  {finding.aggressive}")
         for line in lines:
             typer.echo(terminal.printable(line))
-    counts = report.counts
-    others = f" and {counts['affines']} other affine nodes" if counts["affines"] else ""
-    typer.echo(
-        f"{counts['batch_norms']} batch norms{others}; {counts['folded'] + counts['affines_folded']} would be folded"
-    )
+    nodes = f"{len(report.batch_norms)} batch norms, {len(report.affines)} other affine nodes"
+    typer.echo(f"{nodes}: {len(report.folds)} would be folded, {len(aggressive.folds)} with --aggressive")
 
 
 def unfold(
@@ -269,9 +267,11 @@ def unfold(
 
     **Examples**
 
-    - `pybn fold model.onnx folded.onnx --reversible`
+    - `pybn fold model.onnx folded.onnx --reversible` and later
 
     - `pybn unfold folded.onnx original.onnx` (`cmp model.onnx original.onnx` finds no difference)
+
+    - `pybn unfold - < folded.onnx > original.onnx`
 
     **Exit codes**: 0 done; 1 the model cannot be read, does not carry its original, or was changed; 2 wrong usage.
     """
@@ -396,7 +396,7 @@ def _fold(
         try:
             return fold_onnx(
                 loaded.proto,
-                folder=loaded.folder,
+                folder=loaded.outside,
                 aggressive=aggressive,
                 skip=skip,
                 only=only,
@@ -455,7 +455,7 @@ def _write(job: Job, loaded: Loaded, folded: onnx.ModelProto, report: FoldReport
         return report
     if job.makes_folder:
         job.target.parent.mkdir(parents=True, exist_ok=True)
-    info = write_model(folded, job.target, folder=loaded.folder, with_data_file=bool(loaded.data_files))
+    info = write_model(folded, job.target, folder=loaded.outside, with_data_file=bool(loaded.data_files))
     if job.target == job.source:
         for file in unused_data_files(loaded.data_files, job.target):
             _note(f"{file}: holds nothing of {job.target} any more", options)
@@ -555,9 +555,16 @@ def _verify(loaded: Loaded, folded: onnx.ModelProto, report: FoldReport, options
         inputs, labels = ([], None) if data is None else load_inputs(original, data)
         if options.check is not None:
             inputs = inputs + random_inputs(original, options.check)
-        return verify(
-            original, folded, report, inputs, labels=labels, progress=_bar("checking", quiet=options.quiet) or iter
-        )
+        with _bar("checking", hidden=options.quiet) as told:
+            return verify(
+                original,
+                folded,
+                report,
+                inputs,
+                labels=labels,
+                folder=loaded.outside,
+                progress=lambda _: _counted(inputs, told),
+            )
     except CheckError as error:
         raise Failed(f"{error}; nothing was written") from error
 
@@ -566,7 +573,7 @@ def _weights(loaded: Loaded, folded: onnx.ModelProto) -> tuple[WeightRange, ...]
     from pybn.folding.files import to_ir
     from pybn.folding.ranges import weight_ranges
 
-    return weight_ranges(to_ir(loaded.proto, loaded.folder), to_ir(folded, loaded.folder))
+    return weight_ranges(to_ir(loaded.proto, loaded.outside), to_ir(folded, loaded.outside))
 
 
 def _failures(check: Check) -> str:

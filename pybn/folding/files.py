@@ -67,6 +67,11 @@ class Loaded:
     data_files: frozenset[Path]
     content: bytes = b""
 
+    @property
+    def outside(self) -> Path | None:
+        """The folder of the data that are not in `proto`; None if all are."""
+        return self.folder if any(map(is_external, tensors(self.proto))) else None
+
     def data(self) -> dict[str, bytes]:
         """Read the data files, by the names that the model in `content` has for them."""
         names = {external.location(tensor) for tensor in tensors(onnx.ModelProto.FromString(self.content))}
