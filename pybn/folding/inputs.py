@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 
 from pybn.folding.affine import Array, is_supported
 from pybn.folding.files import first_line
+from pybn.folding.graph import Facts, attribute
+from pybn.folding.majorant import constant_array
 from pybn.folding.runtime import CheckError, Feeds
+from pybn.folding.segments import Segment
 
 BATCH_SIZES = (1, 2, 5)
 SPATIAL_SIZES = (32, 40, 56)
 OTHER_SIZES = (8, 12, 16)
 CHUNK = 100
+
+LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def random_inputs(model: onnx.ModelProto, count: int, seed: int = 0) -> list[Feeds]:
@@ -84,6 +90,73 @@ def load_inputs(model: onnx.ModelProto, path: str | Path) -> tuple[list[Feeds], 
     chunk = sizes.pop() if sizes else CHUNK
     chunks = [{name: arrays[name][start : start + chunk] for name in names} for start in range(0, total, chunk)]
     return chunks, labels
+
+
+def random_entries(segment: Segment, seen: Mapping[str, Array], rng: np.random.Generator) -> dict[str, Array]:
+    """Draw the entries of a segment that cannot be seen in a run of the model.
+
+    Their shapes are those that shape inference finds, small where they are dynamic; where it finds none, what the first
+    linear operator of the expression accepts.
+
+    Raises
+    ------
+    CheckError
+        If a shape is unknown, or a type is not floating point.
+    """
+    facts = segment.original.facts
+    hidden = [value for value in segment.original.entries if value.name not in seen]
+    names = {value.name for value in segment.original.entries} | seen.keys()
+    missing = [name for name in segment.entries if name not in names]
+    if missing:
+        raise CheckError(f"the folded expression starts from {missing[0]!r}, the original one does not")
+    drawn: dict[str, Array] = {}
+    for value in hidden:
+        dtype = _entry_dtype(value, segment)
+        shape = facts.shape(value)
+        drawn[value.name or ""] = _random_array(rng, dtype, _accepted(segment) if shape is None else _small(shape))
+    return drawn
+
+
+def _entry_dtype(value: ir.Value, segment: Segment) -> np.dtype[Any]:
+    if value.dtype is not None:
+        return value.dtype.numpy()
+    weights = [constant_array(constant) for constant in segment.original.constants]
+    floats = [weight.dtype for weight in weights if is_supported(weight.dtype)]
+    if not floats:
+        raise CheckError(f"the type of {value.name!r} is unknown")
+    return floats[0]
+
+
+def _small(shape: ir.Shape) -> list[int]:
+    """Replace dynamic dimensions: 2 for the first, 12 for the others."""
+    return [size if isinstance(size, int) else 12 if axis else 2 for axis, size in enumerate(shape)]
+
+
+def _accepted(segment: Segment) -> list[int]:
+    """Return a shape that the segment's first linear operator accepts: a small batch, just larger than the kernel."""
+    facts = segment.original.facts
+    for node in segment.original.nodes:
+        weight = facts.constant(node.inputs[1]) if node.op_type in LINEAR else None
+        if weight is not None:
+            return _entering_shape(node, weight, facts)
+    raise CheckError("the shape of what enters is unknown")
+
+
+def _entering_shape(node: ir.Node, weight: Array, facts: Facts) -> list[int]:
+    if node.op_type == "MatMul":
+        return [4, weight.shape[0]]
+    if node.op_type == "Gemm":
+        features = weight.shape[1 if attribute(node, "transB", 0) else 0]
+        bias = facts.constant(node.inputs[2] if len(node.inputs) > 2 else None)
+        # A bias with several rows fixes the number of rows of the product.
+        rows = bias.shape[0] if bias is not None and bias.ndim == 2 and bias.shape[0] > 1 else 4
+        return [features, rows] if attribute(node, "transA", 0) else [rows, features]
+    groups = attribute(node, "group", 1)
+    channels = weight.shape[0] if node.op_type == "ConvTranspose" else weight.shape[1] * groups
+    kernel = weight.shape[2:]
+    dilations = attribute(node, "dilations", (1,) * len(kernel))
+    spatial = [(size - 1) * step + 4 for size, step in zip(kernel, dilations, strict=True)]
+    return [2, channels, *spatial]
 
 
 def _required_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:

@@ -68,23 +68,23 @@ def test_a_wrong_rule_is_caught_and_named(monkeypatch, change):
     monkeypatch.setitem(rules.BACKWARD, "Conv", wrong(rules.conv, change))
     result = check(net_model())
     assert not result.passed
-    assert [fold.name for fold in result.folds if not fold.passed] == ["bn_n"]
+    assert [fold.folds for fold in result.folds if not fold.passed] == [("bn_n",)]
 
 
 def test_a_wrong_linear_rule_is_named_too(monkeypatch):
     broken = wrong(rules.matmul, lambda i, array: array * np.float32(1.01))
     monkeypatch.setitem(rules.BACKWARD, "MatMul", broken)
     result = check(net_model())
-    assert [fold.name for fold in result.folds if not fold.passed] == ["bn_y"]
+    assert [fold.folds for fold in result.folds if not fold.passed] == [("bn_y",)]
 
 
-def test_damage_outside_the_folds_is_caught_end_to_end():
+def test_damage_outside_the_folds_is_caught_and_no_fold_is_blamed():
     proto = net_model()
     result = fold_onnx(proto)
     relu = next(node for node in result.model.graph.node if node.op_type == "Relu")
     relu.op_type = "Abs"
     checked = verify(proto, result.model, result.report, random_inputs(proto, 2))
-    assert all(fold.passed for fold in checked.folds)
+    assert [(fold.output, fold.folds) for fold in checked.folds if not fold.passed] == [("r", ())]
     assert [output.passed for output in checked.outputs] == [False]
     assert not checked.passed
 
@@ -134,7 +134,7 @@ def test_chains_through_add_dropout_and_a_second_batch_norm(dtype):
     result = check(proto)
     assert result.passed
     # The first batch norm is part of the second's chain.
-    assert [fold.name for fold in result.folds] == ["bn_y"]
+    assert [fold.folds for fold in result.folds] == [("bn_y",)]
 
 
 def nested_model():
@@ -234,8 +234,6 @@ def test_runtime_failures_are_one_line():
     with pytest.raises(CheckError, match=r"cannot run the original model on x \(2, 9\)") as caught:
         check(proto, inputs=[{"x": np.zeros((2, 9), "float32")}])
     assert "\n" not in str(caught.value)
-    with pytest.raises(CheckError, match="cannot load"):
-        check(conv_model("float64"))
     result = fold_onnx(proto)
     with pytest.raises(CheckError, match="no inputs"):
         verify(proto, result.model, result.report, [])
