@@ -36,7 +36,7 @@ from zoo.leftovers import leftovers
 from zoo.packaged import SHAPES, packaged
 from zoo.running import feeds, run
 
-# Roots of the outputs' errors: beyond this, relative to the largest output, a model is wrong and not merely rounded.
+# Beyond this error, relative to the largest output, a model computes something else: it is not merely rounded.
 WRONG = 1e-3
 SPEED_MODEL = "ResNet-50"
 SPEED_ROUNDS = 5
@@ -167,7 +167,7 @@ class Outcome:
 def judge(tool: str, path: Path, shape: Sequence[int] | None) -> Outcome:
     """Fold a model and compare the result with it."""
     original = onnx.load(path)
-    inputs = feeds(original, shape)
+    inputs = feeds(original, shape, batch=1)
     start = time.perf_counter()
     try:
         folded = TOOLS[tool].fold(path)
@@ -348,6 +348,15 @@ def versions(tools: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return what was found now, and what was found before of models, tools and measures that are not in it."""
+    both = {**old, **new}
+    for key, value in old.items():
+        if key in new and isinstance(value, dict) and isinstance(new[key], dict):
+            both[key] = merged(value, new[key]) if key != "original" else new[key]
+    return both
+
+
 def chosen(names: str | None, there: Iterable[str], what: str) -> list[str]:
     """Return those of the names that are asked for, all by default; part of a name is enough."""
     everything = list(there)
@@ -374,6 +383,7 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true", help=f"seconds and memory for {SPEED_MODEL} instead")
     parser.add_argument("--limit", type=float, default=600.0, metavar="SECONDS", help="for one tool on one model")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found there, too")
+    parser.add_argument("--keep", action="store_true", help="what --json's file has of other models and tools stays")
     parser.add_argument("--from", type=Path, metavar="FILE", dest="source", help="print that again, running nothing")
     parser.add_argument("--markdown", action="store_true", help="the table as Markdown")
     options = parser.parse_args()
@@ -392,10 +402,12 @@ def main() -> None:
             names = chosen(options.models, models, "--models")
             found["models"] = compare({name: models[name] for name in names}, tools, options.limit)
     if options.json:
+        if options.keep and options.json.exists():
+            found = merged(json.loads(options.json.read_text()), found)
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     print(", ".join(f"{name} {number}" for name, number in found["versions"].items()))
     if "models" in found:
-        there = [tool for tool in tools if all(tool in row["tools"] for row in found["models"].values())]
+        there = [tool for tool in TOOLS if all(tool in row["tools"] for row in found["models"].values())]
         print(formatted(comparison_table(found["models"], there), markdown=options.markdown))
     if "speed" in found:
         print(formatted(speed_table(found["speed"]), markdown=options.markdown))

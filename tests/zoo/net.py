@@ -86,7 +86,7 @@ class Net:
 
     def weight(self, x: Value, shape: Sequence[int], products: int) -> str:
         """Draw a weight with which a sum of so many products with `x` has a root mean square of 1."""
-        return self.constant("weight", self.rng.standard_normal(shape) / (math.sqrt(products) * x.rms))
+        return self.constant("weight", self.rng.standard_normal(shape, np.float32) / (math.sqrt(products) * x.rms))
 
     # Linear operators
 

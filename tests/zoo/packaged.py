@@ -36,8 +36,8 @@ OCR = {
 # Shapes for the inputs of those whose declared ones are dynamic: what their preprocessing makes of an image.
 SHAPES = {
     "PP-OCRv4 detector": (1, 3, 96, 160),
-    "PP-OCRv4 recogniser": (2, 3, 48, 160),
-    "PP-OCRv2 classifier": (2, 3, 48, 192),
+    "PP-OCRv4 recogniser": (1, 3, 48, 160),
+    "PP-OCRv2 classifier": (1, 3, 48, 192),
 }
 
 

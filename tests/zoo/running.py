@@ -11,22 +11,20 @@ from onnx import helper
 
 from zoo.net import Array
 
-BATCH = 2
 
-
-def feeds(model: onnx.ModelProto, shape: Sequence[int] | None = None, seed: int = 0) -> dict[str, Array]:
-    """Draw a value for every input: standard normal, or any byte; two samples if the batch size is free.
+def feeds(model: onnx.ModelProto, shape: Sequence[int] | None = None, batch: int = 2) -> dict[str, Array]:
+    """Draw a value for every input: standard normal, or any byte; so many samples if the batch size is free.
 
     `shape` is for models with an input whose other sizes are free, too.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     defaults = {tensor.name for tensor in model.graph.initializer}
     drawn: dict[str, Array] = {}
     for info in model.graph.input:
         if info.name in defaults:
             continue
         tensor = info.type.tensor_type
-        sizes = shape or [dim.dim_value or BATCH for dim in tensor.shape.dim]
+        sizes = shape or [dim.dim_value or batch for dim in tensor.shape.dim]
         if tensor.elem_type == onnx.TensorProto.UINT8:
             drawn[info.name] = rng.integers(0, 256, sizes, dtype=np.uint8)
         else:
