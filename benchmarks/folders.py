@@ -308,8 +308,9 @@ def compare_speed(build: Callable[[], onnx.ModelProto], tools: Sequence[str], li
 
 
 def progress(text: str, end: str = "") -> None:
-    """Tell people what is going on, on one line of standard error."""
-    print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, end=end or None, file=sys.stderr, flush=True)
+    """Tell people what is going on: on one line of a terminal, line by line in a log."""
+    terminal = sys.stderr.isatty()
+    print(f"\r\x1b[K{text}" if terminal else text, end=end if terminal else "\n", file=sys.stderr, flush=True)
 
 
 def comparison_table(rows: dict[str, Any], tools: Sequence[str]) -> list[list[str]]:
