@@ -244,54 +244,50 @@ def peak_bytes() -> int:
 # What the parent does: build the models, start the children, print the tables.
 
 
-def child(arguments: Sequence[str], limit: float) -> dict[str, Any] | Outcome:
-    """Run this program once more and return what it prints; or what became of it."""
+def ask(what: str, name: str, path: Path, option: Any, *, limit: float) -> dict[str, Any] | Outcome:
+    """Have a child process do something, see `serve`; return its answer, or what became of it."""
+    # Everything large happens in children: one starts with the peak memory of its parent.
+    command = [sys.executable, __file__, "--child", what, name, str(path), json.dumps(option)]
     try:
-        done = subprocess.run(
-            [sys.executable, __file__, "--child", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=limit,
-            check=False,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
         return Outcome("time", detail=f"more than {limit:.0f} s")
     if done.returncode:
-        return Outcome("crash", detail=f"exit code {done.returncode}; {first_line(done.stderr.strip()[-300:])}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        return Outcome("crash", detail=f"exit code {done.returncode}; {done.stderr.strip()[-200:]}")
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
 
 
-def compare(models: dict[str, Callable[[], onnx.ModelProto]], tools: Sequence[str], limit: float) -> dict[str, Any]:
+def compare(names: Sequence[str], tools: Sequence[str], limit: float, *, quick: bool) -> dict[str, Any]:
     """Fold every model by every tool."""
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        for number, (name, build) in enumerate(models.items(), 1):
-            model = build()
-            onnx.save(model, path)
-            rows[name] = {"bytes": path.stat().st_size, "original": asdict(leftovers(model)), "tools": {}}
-            del model
+        for number, name in enumerate(names, 1):
+            original = ask("build", name, path, quick, limit=limit)
+            if isinstance(original, Outcome):
+                raise SystemExit(f"{name} cannot be built: {original.detail}")
+            rows[name] = {"bytes": path.stat().st_size, "original": original, "tools": {}}
             for tool in tools:
-                progress(f"[{number}/{len(models)}] {name}: {tool}")
-                found = child(["judge", tool, str(path), json.dumps(SHAPES.get(name))], limit)
+                progress(f"[{number}/{len(names)}] {name}: {tool}")
+                found = ask("judge", tool, path, SHAPES.get(name), limit=limit)
                 outcome = found if isinstance(found, Outcome) else Outcome(**found)
                 rows[name]["tools"][tool] = asdict(outcome)
-                progress(f"[{number}/{len(models)}] {name}: {tool}: {outcome} {outcome.detail}", end="\n")
+                progress(f"[{number}/{len(names)}] {name}: {tool}: {outcome} {outcome.detail}", end="\n")
     return rows
 
 
-def compare_speed(build: Callable[[], onnx.ModelProto], tools: Sequence[str], limit: float) -> dict[str, Any]:
+def compare_speed(tools: Sequence[str], limit: float) -> dict[str, Any]:
     """Time every tool on one model, in turns; the median of the seconds and of the memory."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        onnx.save(build(), path)
+        ask("build", SPEED_MODEL, path, False, limit=limit)
         size = path.stat().st_size
         found: dict[str, list[Speed]] = {tool: [] for tool in tools}
         for turn in range(SPEED_ROUNDS):
             for tool in tools:
                 progress(f"[{turn + 1}/{SPEED_ROUNDS}] {tool}")
-                result = child(["speed", tool, str(path)], limit)
+                result = ask("speed", tool, path, None, limit=limit)
                 if not isinstance(result, Outcome):
                     found[tool].append(Speed(**result))
     return {
@@ -376,7 +372,8 @@ def chosen(names: str | None, there: Iterable[str], what: str) -> list[str]:
 def main() -> None:
     """Parse the command line."""
     if sys.argv[1:2] == ["--child"]:
-        return serve(sys.argv[2:])
+        what, name, path, option = sys.argv[2:]
+        return serve(what, name, Path(path), json.loads(option))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", help="names or parts of names, separated by commas")
     parser.add_argument("--tools", help=f"some of {','.join(TOOLS)}")
@@ -397,11 +394,10 @@ def main() -> None:
         tools = [tool for tool in tools if TOOLS[tool].package in installed or TOOLS[tool].package == "pybn"]
         found = {"versions": installed, "cpus": os.cpu_count()}
         if options.speed:
-            found["speed"] = compare_speed(FULL[SPEED_MODEL], tools, options.limit)
+            found["speed"] = compare_speed(tools, options.limit)
         else:
-            models = dict(SMALL) if options.quick else {**FULL, **packaged()}
-            names = chosen(options.models, models, "--models")
-            found["models"] = compare({name: models[name] for name in names}, tools, options.limit)
+            names = chosen(options.models, SMALL if options.quick else {**FULL, **packaged()}, "--models")
+            found["models"] = compare(names, tools, options.limit, quick=options.quick)
     if options.json:
         if options.keep and options.json.exists():
             found = merged(json.loads(options.json.read_text()), found)
@@ -415,11 +411,15 @@ def main() -> None:
     return None
 
 
-def serve(arguments: Sequence[str]) -> None:
+def serve(what: str, name: str, path: Path, option: Any) -> None:
     """Do what the parent asks of a child. Tools print what they like; the last line is the answer."""
-    what, tool, path, *rest = arguments
     with contextlib.redirect_stdout(sys.stderr):
-        answer = judge(tool, Path(path), json.loads(rest[0])) if what == "judge" else measure(tool, Path(path))
+        if what == "build":
+            model = (SMALL if option else {**FULL, **packaged()})[name]()
+            onnx.save(model, path)
+            answer: Any = leftovers(model)
+        else:
+            answer = judge(name, path, option) if what == "judge" else measure(name, path)
     print(json.dumps(asdict(answer)))
 
 
