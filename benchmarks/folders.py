@@ -140,7 +140,7 @@ class Outcome:
     seconds : float or None
         Of the fold alone.
     detail : str
-        What happened, if it was not "ok".
+        What happened, if it was not as it should be.
     """
 
     status: str
@@ -180,10 +180,13 @@ def judge(tool: str, path: Path, shape: Sequence[int] | None) -> Outcome:
     except Exception as error:
         return Outcome("invalid", left.batch_norms, left.affines, seconds=seconds, detail=first_line(error))
     error = max(map(relative_error, actual, expected))
-    bound, passed = None, None
+    bound, passed, detail = None, None, ""
     if TOOLS[tool].package == "pybn":
-        bound, passed = own_check(original, tool, inputs, expected)
-    return Outcome("ok", left.batch_norms, left.affines, error, bound, passed, seconds)
+        try:
+            bound, passed = own_check(original, tool, inputs, expected)
+        except Exception as problem:
+            passed, detail = False, f"its check: {type(problem).__name__}: {first_line(problem)}"
+    return Outcome("ok", left.batch_norms, left.affines, error, bound, passed, seconds, detail)
 
 
 def own_check(
