@@ -58,7 +58,7 @@ class Choice:
         added += [
             f"{rewrite.op_type} for {rewrite.node.op_type}"
             for rewrite in plan.rewrites
-            if rewrite.op_type not in (None, rewrite.node.op_type)
+            if rewrite.op_type in ("Max", "Min")
         ]
         if self.rest is not None:
             added.append(f"{self.rest.op_type} in its place")

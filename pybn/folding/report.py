@@ -7,7 +7,9 @@ and the picture that people see are made from it: `pybn.terminal`, `pybn.folding
 from __future__ import annotations
 
 import json
+import math
 import types
+from collections import Counter
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
@@ -129,25 +131,30 @@ Row: TypeAlias = Fold | Left
 class Spread:
     """How large the weights of an operator are, by output channel.
 
-    The scale of a channel is its largest |w|: what one quantisation step per channel is proportional to. With one step
-    per tensor, ``log2(largest / smallest)`` is the number of bits that the smallest channel loses.
+    The scale of a channel is its largest |w|: a quantisation step per channel is proportional to it. A step per tensor
+    is proportional to the largest scale, which costs the channel of the smallest one `bits`.
 
     Attributes
     ----------
-    least : float
-        The least |w| > 0 of the tensor; 0 if all are zero.
-    smallest, median, largest : float
-        Of the scales of the channels that are not all zero; 0 if all are.
+    least_weight : float
+        The least |w| > 0 of the tensor; 0 if all weights are zero.
+    smallest_scale, median_scale, largest_scale : float
+        Over the channels that are not all zero; 0 if all are.
     channels, zero_channels : int
         Output channels, and those among them whose weights are all zero.
     """
 
-    least: float
-    smallest: float
-    median: float
-    largest: float
+    least_weight: float
+    smallest_scale: float
+    median_scale: float
+    largest_scale: float
     channels: int
     zero_channels: int
+
+    @property
+    def bits(self) -> float:
+        """Bits that one step per tensor costs the smallest channel: log2(largest / smallest). NaN if there are none."""
+        return math.log2(self.largest_scale) - math.log2(self.smallest_scale) if self.smallest_scale > 0 else math.nan
 
 
 @dataclass(frozen=True)
@@ -321,6 +328,11 @@ class FoldReport:
             "affines_left": affines_left,
         }
 
+    @property
+    def aggressive_would(self) -> dict[str, int]:
+        """What ``aggressive`` would do, and to how many of the rows that stay; the most frequent first."""
+        return dict(Counter(row.would for row in self.left if row.would is not None).most_common())
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, ready for JSON; ``docs/report.md`` says what they mean.
 
@@ -374,7 +386,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, Reason):
         return value.value
-    if isinstance(value, float) and value - value != 0.0:
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
@@ -385,7 +397,10 @@ def _read(kind: Any, value: Any) -> Any:
     if origin in (Union, types.UnionType):
         if type(None) in arguments:
             return None if value is None else _read(arguments[0], value)
-        return _read(Fold if value["status"] == "folded" else Left, value)  # `Row`, the only other union
+        status = value["status"]  # of a `Row`, the only other union
+        if status not in ("folded", "left"):
+            raise ValueError(f"{status!r} is neither 'folded' nor 'left'")
+        return _read(Fold if status == "folded" else Left, value)
     if origin is tuple:
         if not isinstance(value, list):
             raise TypeError(f"{value!r} is not a list")
@@ -395,7 +410,7 @@ def _read(kind: Any, value: Any) -> Any:
         items = {field.name: _read(hints[field.name], value[field.name]) for field in fields(kind)}
         return kind(**items)  # type: ignore[operator]  # mypy takes it for an instance
     if kind is float:
-        return float("nan") if value is None else float(value)
+        return math.nan if value is None else float(value)
     if origin is Literal:
         if value not in arguments:
             raise ValueError(f"{value!r} is none of {', '.join(arguments)}")

@@ -59,8 +59,8 @@ class Plan:
 
     @property
     def nodes(self) -> tuple[ir.Node, ...]:
-        """Every node that the plan visits."""
-        return self.passed + self.absorbers
+        """Every node that the plan visits, once."""
+        return tuple(dict.fromkeys(self.passed + self.absorbers))
 
 
 class Walk:
@@ -206,7 +206,7 @@ class Walk:
             mapped = round_to(affine.of(array), array.dtype, "the folded constant")
         except FoldError as error:
             return Refusal(error.reason, str(error))
-        return Plan((Rewrite(user, {index: mapped}),))
+        return Plan((Rewrite(user, {index: mapped}),), absorbers=(user,))
 
     def _only_feeds(self, user: ir.Node, index: int) -> ir.Node | Refusal:
         """Return the producer of an input, if its output goes nowhere else."""

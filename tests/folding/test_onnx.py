@@ -830,8 +830,14 @@ def test_refusal(case):
 
 def test_every_reason_has_a_way_to_unlock_it_and_a_graph_that_shows_it():
     assert set(UNLOCK) == set(Reason)
-    # The last one only ever explains why the way forward is closed, too.
-    elsewhere = {Reason.SUBGRAPH_CAPTURE, Reason.ATTRIBUTE_NOT_CONSTANT, Reason.SKIPPED, Reason.NO_LINEAR_CONSUMER}
+    # NO_LINEAR_CONSUMER only ever explains why the way forward is closed, too.
+    elsewhere = {
+        Reason.SUBGRAPH_CAPTURE,
+        Reason.ATTRIBUTE_NOT_CONSTANT,
+        Reason.SKIPPED,
+        Reason.NO_LINEAR_CONSUMER,
+        Reason.QUANTIZATION,
+    }
     assert {reason for _, reason in REFUSALS.values()} | elsewhere == set(Reason)
 
 
