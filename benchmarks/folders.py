@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -160,7 +159,7 @@ class Outcome:
     def __str__(self) -> str:
         if self.status != "ok":
             return self.status
-        wrong = "WRONG " if self.wrong else "beyond its bound " if self.passed is False else ""
+        wrong = "WRONG " if self.wrong else "fails its check " if self.passed is False else ""
         return f"{self.batch_norms}/{self.affines} ({wrong}{self.error:.0e})"
 
 
@@ -261,23 +260,24 @@ def ask(what: str, name: str, path: Path, option: Any, *, limit: float) -> dict[
     return answer
 
 
-def compare(names: Sequence[str], tools: Sequence[str], limit: float, *, quick: bool) -> dict[str, Any]:
-    """Fold every model by every tool."""
-    rows: dict[str, Any] = {}
+def compare(
+    names: Sequence[str], tools: Sequence[str], limit: float, *, quick: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Fold every model by every tool; yield each model's name and row."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         for number, name in enumerate(names, 1):
             original = ask("build", name, path, quick, limit=limit)
             if isinstance(original, Outcome):
                 raise SystemExit(f"{name} cannot be built: {original.detail}")
-            rows[name] = {"bytes": path.stat().st_size, "original": original, "tools": {}}
+            row: dict[str, Any] = {"bytes": path.stat().st_size, "original": original, "tools": {}}
             for tool in tools:
                 progress(f"[{number}/{len(names)}] {name}: {tool}")
                 found = ask("judge", tool, path, SHAPES.get(name), limit=limit)
                 outcome = found if isinstance(found, Outcome) else Outcome(**found)
-                rows[name]["tools"][tool] = asdict(outcome)
+                row["tools"][tool] = asdict(outcome)
                 progress(f"[{number}/{len(names)}] {name}: {tool}: {outcome} {outcome.detail}", end="\n")
-    return rows
+            yield name, row
 
 
 def compare_speed(tools: Sequence[str], limit: float) -> dict[str, Any]:
@@ -349,12 +349,18 @@ def versions(tools: Iterable[str]) -> dict[str, str]:
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Return what was found now, and what was found before of models, tools and measures that are not in it."""
+    """Return `new`, and what `old` has besides, at every depth."""
     both = {**old, **new}
-    for key, value in old.items():
-        if key in new and isinstance(value, dict) and isinstance(new[key], dict):
-            both[key] = merged(value, new[key]) if key != "original" else new[key]
+    for key in old.keys() & new.keys():
+        if isinstance(old[key], dict) and isinstance(new[key], dict):
+            both[key] = merged(old[key], new[key])
     return both
+
+
+def save(found: dict[str, Any], path: Path | None) -> None:
+    """Write what was found so far."""
+    if path:
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def chosen(names: str | None, there: Iterable[str], what: str) -> list[str]:
@@ -395,16 +401,18 @@ def main() -> None:
     else:
         installed = versions(tools)
         tools = [tool for tool in tools if TOOLS[tool].package in installed or TOOLS[tool].package == "pybn"]
-        found = {"versions": installed, "cpus": os.cpu_count()}
+        found = {"versions": installed}
+        if options.json and options.keep and options.json.exists():
+            found = merged(json.loads(options.json.read_text()), found)
         if options.speed:
-            found["speed"] = compare_speed(tools, options.limit)
+            found["speed"] = merged(found.get("speed", {}), compare_speed(tools, options.limit))
+            save(found, options.json)
         else:
             names = chosen(options.models, SMALL if options.quick else {**FULL, **packaged()}, "--models")
-            found["models"] = compare(names, tools, options.limit, quick=options.quick)
-    if options.json:
-        if options.keep and options.json.exists():
-            found = merged(json.loads(options.json.read_text()), found)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+            rows = found.setdefault("models", {})
+            for name, row in compare(names, tools, options.limit, quick=options.quick):
+                rows[name] = merged(rows.get(name, {}), row)
+                save(found, options.json)
     print(", ".join(f"{name} {number}" for name, number in found["versions"].items()))
     if "models" in found:
         there = [tool for tool in TOOLS if all(tool in row["tools"] for row in found["models"].values())]
