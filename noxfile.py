@@ -61,6 +61,17 @@ def benchmarks(session: nox.Session) -> None:
 
 
 @nox.session
+def folders(session: nox.Session) -> None:
+    """The tables of docs/folders.md: an hour; or what follows `--`."""
+    session.install(".[folders]")
+    if session.posargs:
+        session.run("python", "benchmarks/folders.py", *session.posargs)
+    else:
+        session.run("python", "benchmarks/folders.py", "--markdown")
+        session.run("python", "benchmarks/folders.py", "--speed", "--markdown")
+
+
+@nox.session
 def regressions(session: nox.Session) -> None:
     """Whether pybn has become slower than benchmarks/baseline.json says, on the machine that wrote it."""
     session.install(".[bench]")
