@@ -366,9 +366,9 @@ def reduce_mean(net: Net, x: str) -> str:
 def resize(net: Net, x: str) -> str:
     """Resize of the spatial axes, without extrapolation."""
     mode = net.draw(st.sampled_from(["nearest", "linear"] + ["cubic"] * (net.opset >= 11 and net.rank(x) == 4)))
-    factors = [1.0, 1.0] + [net.draw(st.sampled_from([1.0, 2.0, 1.5, 0.5])) for _ in net.shape(x)[2:]]
-    sizes = [max(1.0, math.floor(s * f)) for s, f in zip(net.shape(x), factors, strict=True)]
-    factors = [size / s for size, s in zip(sizes, net.shape(x), strict=True)]  # never to nothing
+    # Powers of two, and never to nothing: with others, rounding decides on the size.
+    factors = [1.0, 1.0] + [net.draw(st.sampled_from([1.0, 2.0] + [0.5] * (size > 1))) for size in net.shape(x)[2:]]
+    sizes = [math.floor(size * f) for size, f in zip(net.shape(x), factors, strict=True)]
     array = np.array(factors, "float32")
     if net.opset == 10:
         return net.node("Resize", x, net.constant(array), mode="nearest")
@@ -378,6 +378,7 @@ def resize(net: Net, x: str) -> str:
     if net.draw(st.booleans()):
         return net.node("Resize", x, roi, net.constant(array), **attributes)
     scales = "" if net.opset >= 13 else net.constant(np.zeros(0, "float32"))
+    sizes = sizes[:2] + [size + net.draw(st.integers(0, 2)) for size in sizes[2:]]
     return net.node("Resize", x, roi, scales, net.constant(np.array(sizes, "int64")), **attributes)
 
 

@@ -16,7 +16,7 @@ import pytest
 import strategies as s
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import affines, survive, survive_rounding
+from oracles import affines, assert_oracle_agrees_with_onnxruntime, survive, survive_rounding
 from strategies import Net, examples
 
 Operator = Callable[[Net, str], str]
@@ -551,6 +551,23 @@ def test_map_goes_into_the_scale_of_a_quantized_weight(data):
     y = net.node("Conv", x, real, s.bias_name(net, shape[0]))
     case = net.case(s.affine(net, y))
     survive(case.model, case.feeds)
+
+
+@pytest.mark.parametrize("kind", [*ROWS, *ABSORBERS])
+@examples(0.06)
+@given(data=st.data())
+def test_oracle_agrees_with_onnxruntime(kind, data):
+    """What the folds are compared with is itself compared, with another's optimisations off."""
+    if kind in ROWS:
+        row = ROWS[kind]
+        net = Net(data.draw, row.since)
+        y = row.operator(net, feed(net, row.source(net), row))
+    else:
+        source, operator = ABSORBERS[kind]
+        net = Net(data.draw)
+        y = operator(net, source(net))
+    case = net.case(s.affine(net, y))
+    assert_oracle_agrees_with_onnxruntime(case.model, case.feeds)
 
 
 def test_rows_cover_every_operator_that_has_a_rule():
