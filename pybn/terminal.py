@@ -53,7 +53,7 @@ def _folds(report: FoldReport) -> Table:
         table.add_column("bound", justify="right")
     for fold in report.folds:
         route = " < ".join(fold.route)
-        cells = [printable(fold.name), printable(fold.into), route]
+        cells = [printable(fold.name), printable(", ".join(fold.into)), route]
         style = None
         check = checks.get(fold.name)
         if checks:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,20 @@ class Affine:
     Attributes
     ----------
     scale, shift : ndarray of float64, shape (C,)
-        One value per channel.
-    axis : int
-        The axis of the data that holds the channels.
+        One value per channel; a single one if the map is the same everywhere.
+    axis : int or None
+        The axis of the data that holds the channels, counted from the front. None: the map is the
+        same for every element, whatever the shape, as ``x * 0.5`` is.
     """
 
     scale: Float64
     shift: Float64
-    axis: int = 1
+    axis: int | None = 1
+
+    @classmethod
+    def everywhere(cls, scale: float, shift: float = 0.0) -> Affine:
+        """Return a map that is the same for every element."""
+        return cls(np.array([scale], dtype=np.float64), np.array([shift], dtype=np.float64), None)
 
     @classmethod
     def from_batch_norm(
@@ -86,9 +93,117 @@ class Affine:
             _require_finite(values, name)
         return cls(scale, shift)
 
-    def without_shift(self) -> Affine:
-        """Return the same scale with a shift of zero."""
-        return Affine(self.scale, np.zeros_like(self.shift), self.axis)
+    @classmethod
+    def joined(cls, parts: Sequence[Affine], sizes: Sequence[int], axis: int) -> Affine:
+        """Put maps of neighbouring channels side by side; each is `over` its own size."""
+        whole = [part.over(size, axis) for part, size in zip(parts, sizes, strict=True)]
+        return cls(
+            np.concatenate([part.scale for part in whole]),
+            np.concatenate([part.shift for part in whole]),
+            axis,
+        )
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every value stays what it is."""
+        return self.keeps_scale and self.keeps_zero
+
+    @property
+    def keeps_scale(self) -> bool:
+        """Whether every scale is 1."""
+        return bool((self.scale == 1.0).all())
+
+    @property
+    def keeps_zero(self) -> bool:
+        """Whether every shift is 0."""
+        return not self.shift.any()
+
+    def over(self, channels: int, axis: int) -> Affine:
+        """Return the map as one value per channel of an operator.
+
+        Parameters
+        ----------
+        channels, axis : int
+            How many channels the operator has, and along which axis of its data.
+
+        Raises
+        ------
+        FoldError
+            If the map is along another axis, or has another number of channels.
+        """
+        if self.axis is None:
+            return Affine(np.repeat(self.scale, channels), np.repeat(self.shift, channels), axis)
+        if self.axis != axis:
+            raise FoldError(Reason.CHANNEL_AXIS, f"the map is along axis {self.axis}, the operator's along {axis}")
+        if self.scale.size != channels:
+            raise FoldError(
+                Reason.PARAMETER_SHAPE, f"the map has {self.scale.size} channels, the operator or its bias {channels}"
+            )
+        return self
+
+    def then(self, outer: Affine) -> Affine:
+        """Return this map followed by another, ``outer(self(x))``.
+
+        Raises
+        ------
+        FoldError
+            If the two are along different axes or have different numbers of channels.
+        """
+        axis = self.axis if self.axis is not None else outer.axis
+        if axis is None:
+            inner = self
+        else:
+            channels = max(self.scale.size, outer.scale.size)
+            inner, outer = self.over(channels, axis), outer.over(channels, axis)
+        with np.errstate(over="ignore", invalid="ignore"):  # round_to reports what is not finite
+            return Affine(outer.scale * inner.scale, outer.scale * inner.shift + outer.shift, axis)
+
+    def of(self, array: Array) -> Float64:
+        """Apply the map to an array whose channels are along `axis`.
+
+        Raises
+        ------
+        FoldError
+            If the array has another number of channels there.
+        """
+        shape = [1] * array.ndim
+        inner = self
+        if self.axis is not None:
+            if array.ndim <= self.axis:
+                raise FoldError(Reason.CHANNEL_AXIS, f"an operand of shape {array.shape} has no axis {self.axis}")
+            inner = self.over(array.shape[self.axis], self.axis)
+            shape[self.axis] = -1
+        with np.errstate(over="ignore", invalid="ignore"):  # round_to reports what is not finite
+            result: Float64 = inner.scale.reshape(shape) * array.astype(np.float64) + inner.shift.reshape(shape)
+        return result
+
+    def only_scale(self) -> Affine:
+        """Return the same scale with a shift of 0."""
+        return replace(self, shift=np.zeros_like(self.shift))
+
+    def only_shift(self) -> Affine:
+        """Return the same shift with a scale of 1."""
+        return replace(self, scale=np.ones_like(self.scale))
+
+    def along(self, axis: int) -> Affine:
+        """Return the same map of the same channels, now along another axis of the data."""
+        return self if self.axis is None else replace(self, axis=axis)
+
+    def part(self, start: int, stop: int) -> Affine:
+        """Return the map of the channels from `start` up to `stop`."""
+        return self if self.axis is None else replace(self, scale=self.scale[start:stop], shift=self.shift[start:stop])
+
+    def repeated(self, times: int) -> Affine:
+        """Return the map with every channel `times` times in a row: 0 0 1 1 2 2."""
+        if self.axis is None:
+            return self
+        return replace(self, scale=np.repeat(self.scale, times), shift=np.repeat(self.shift, times))
+
+    def tiled(self, times: int) -> Affine:
+        """Return the map with all channels, `times` times over: 0 1 2 0 1 2."""
+        if self.axis is None:
+            return self
+        return replace(self, scale=np.tile(self.scale, times), shift=np.tile(self.shift, times))
 
 
 def round_to(values: Float64, dtype: np.dtype[Any], name: str) -> Array:

@@ -41,7 +41,7 @@ import onnx
 import onnx_ir as ir
 
 from pybn.folding.affine import Array
-from pybn.folding.graph import Facts, Scope, attribute, scopes
+from pybn.folding.graph import Facts, Scope, attribute, display_name, scopes
 from pybn.folding.report import Fold, FoldCheck
 from pybn.folding.rules import data_input
 from pybn.folding.runtime import CheckError, Session
@@ -64,8 +64,9 @@ class FoldProof:
 
     def __init__(self, fold: Fold, original: ir.Model, folded: ir.Model) -> None:
         self.fold = fold
-        before, facts = _chain(original, fold)
-        after, facts_after = _chain(folded, fold)
+        self.entering = _entering(original, fold)
+        before, facts = _chain(original, fold, self.entering)
+        after, facts_after = _chain(folded, fold, self.entering)
         self.in_main_graph = before.scope.is_main
         weight = facts.constant(before.absorber.inputs[1])
         batch_norm = facts.constant(before.nodes[-1].inputs[1])
@@ -186,17 +187,31 @@ def surviving(folds: Iterable[Fold], folded: ir.Model) -> list[Fold]:
     return [fold for fold in folds if (fold.graph, fold.output) in produced]
 
 
-def _chain(model: ir.Model, fold: Fold) -> tuple[_Chain, Facts]:
+def _entering(original: ir.Model, fold: Fold) -> str:
+    """Return the name of the value that enters the operator which absorbed the fold."""
+    facts = Facts(original)
+    for scope in scopes(original):
+        value: ir.Value | None = _output(scope, fold) if scope.label == fold.graph else None
+        while value is not None and (producer := value.producer()) is not None:
+            value = producer.inputs[data_input(producer, facts)]
+            if display_name(producer) in fold.into:
+                return (value.name if value is not None else None) or ""
+    raise CheckError(f"fold {fold.name}: {fold.output} does not depend on {', '.join(fold.into)}")
+
+
+def _output(scope: Scope, fold: Fold) -> ir.Value:
+    return next(output for node in scope.graph for output in node.outputs if output.name == fold.output)
+
+
+def _chain(model: ir.Model, fold: Fold, entering: str) -> tuple[_Chain, Facts]:
     facts = Facts(model)
     scope = next(scope for scope in scopes(model) if scope.label == fold.graph)
-    value: ir.Value | None = next(
-        output for node in scope.graph for output in node.outputs if output.name == fold.output
-    )
+    value: ir.Value | None = _output(scope, fold)
     nodes: list[ir.Node] = []
-    while value is not None and value.name != fold.input:
+    while value is not None and value.name != entering:
         producer = value.producer()
         if producer is None:
-            raise CheckError(f"fold {fold.name}: {fold.output} does not depend on {fold.input}")
+            raise CheckError(f"fold {fold.name}: {fold.output} does not depend on {entering}")
         nodes.append(producer)
         value = producer.inputs[data_input(producer, facts)]
     return _Chain(scope, tuple(reversed(nodes))), facts

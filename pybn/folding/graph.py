@@ -16,6 +16,8 @@ from pybn.folding.reasons import Reason, Refusal
 
 STANDARD_DOMAINS = ("", "ai.onnx")
 
+FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
+
 # Before IR version 4 an initializer had to be listed among the graph inputs; it is a constant all
 # the same. Since then a listed one is a default that the caller may override.
 OVERRIDABLE_SINCE_IR = 4
@@ -78,21 +80,33 @@ def standard_type(node: ir.Node, model: ir.Model) -> str | None:
 
 
 class Facts:
-    """Answers about the values of one model: is it a constant, which shape has it."""
+    """Answers about the values of one model: is it a constant, which shape and type has it."""
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model
-        self._inferred: dict[tuple[int, str], ir.Shape] | None = None
+        self._opsets = {id(scope.graph): scope.opset for scope in scopes(model)}
+        self._inferred: dict[int, ir.Value] | None = None
+
+    def opset(self, node: ir.Node) -> int:
+        """Return the version of the standard operators that the node is written in."""
+        return self._opsets[id(node.graph)]
 
     def constant(self, value: ir.Value | None) -> npt.NDArray[Any] | None:
-        """Return the array of a value that no run of the model can change, else None."""
+        """Return the array of a value that no run of the model can change, else None.
+
+        It may be an initializer or a Constant, and pass Identity, Cast and Transpose.
+        """
         source = constant_source(value)
-        if source is None or self.is_overridable(source):
+        if value is None or source is None or self.is_overridable(source):
             return None
         producer = source.producer()
-        if producer is None:
-            return None if source.const_value is None else source.const_value.numpy()
-        return _constant_node_array(producer)
+        if producer is not None:
+            array = _constant_node_array(producer)
+        else:
+            array = None if source.const_value is None else source.const_value.numpy()
+        for node in reversed(_constant_path(value)):
+            array = None if array is None else _evaluate(node, array)
+        return array
 
     def is_overridable(self, value: ir.Value | None) -> bool:
         """Say whether the value is a default that the caller of the model may override."""
@@ -101,16 +115,52 @@ class Facts:
             return False
         return self.model.ir_version >= OVERRIDABLE_SINCE_IR or source.graph is not self.model.graph
 
-    def shape(self, value: ir.Value) -> ir.Shape | None:
+    def shape(self, value: ir.Value | None) -> ir.Shape | None:
         """Return the shape that ONNX shape inference finds, else the declared one; None if they contradict."""
+        if value is None:
+            return None
+        inferred = self._inference(value)
+        if inferred is None or inferred.shape is None or value.shape is None:
+            return value.shape if inferred is None or inferred.shape is None else inferred.shape
+        return inferred.shape if _agree(inferred.shape, value.shape) else None
+
+    def rank(self, value: ir.Value | None) -> int | None:
+        """Return the number of axes, or None if that is not proven."""
+        shape = self.shape(value)
+        return None if shape is None else len(shape)
+
+    def size(self, value: ir.Value | None, axis: int) -> int | None:
+        """Return the length of an axis, or None if that is not proven to be one number."""
+        shape = self.shape(value)
+        if shape is None or not -len(shape) <= axis < len(shape):
+            return None
+        size = shape[axis]
+        return size if isinstance(size, int) else None
+
+    def dtype(self, value: ir.Value | None) -> np.dtype[Any] | None:
+        """Return the type of the elements, or None if it is not proven, or declared otherwise than it is."""
+        if value is None:
+            return None
+        inferred = self._inference(value)
+        types = {item.dtype for item in (value, inferred) if item is not None and item.dtype is not None}
+        if len(types) != 1:
+            return None
+        try:
+            return types.pop().numpy()
+        except TypeError:  # a type that NumPy does not have, such as strings
+            return None
+
+    def is_float(self, value: ir.Value | None) -> bool:
+        """Say whether the elements are proven to be of one of the float types that can be folded."""
+        dtype = self.dtype(value)
+        return dtype is not None and dtype.name in FLOATS
+
+    def _inference(self, value: ir.Value) -> ir.Value | None:
         if value.producer() is None:
-            return value.shape
+            return None
         if self._inferred is None:
-            self._inferred = _infer_shapes(self.model)
-        inferred = self._inferred.get((id(value.graph), value.name or ""))
-        if inferred is None or value.shape is None:
-            return value.shape if inferred is None else inferred
-        return inferred if _agree(inferred, value.shape) else None
+            self._inferred = _infer(self.model)
+        return self._inferred.get(id(value))
 
 
 def _agree(a: ir.Shape, b: ir.Shape) -> bool:
@@ -119,8 +169,12 @@ def _agree(a: ir.Shape, b: ir.Shape) -> bool:
     )
 
 
+# Operators that a constant may pass before it is used.
+_PASSED_BY_CONSTANTS = ("Identity", "Cast", "Transpose")
+
+
 def constant_source(value: ir.Value | None) -> ir.Value | None:
-    """Follow Identity nodes up to an initializer or the output of a Constant node."""
+    """Follow Identity, Cast and Transpose up to an initializer or the output of a Constant node."""
     while value is not None:
         producer = value.producer()
         if producer is None:
@@ -129,10 +183,39 @@ def constant_source(value: ir.Value | None) -> ir.Value | None:
             return None
         if producer.op_type == "Constant":
             return value
-        if producer.op_type != "Identity" or not producer.inputs:
+        if producer.op_type not in _PASSED_BY_CONSTANTS or not producer.inputs:
             return None
         value = producer.inputs[0]
     return None
+
+
+def _constant_path(value: ir.Value) -> list[ir.Node]:
+    """List the nodes between a value and its `constant_source`, nearest to the value first."""
+    nodes: list[ir.Node] = []
+    at: ir.Value | None = value
+    while at is not None and (producer := at.producer()) is not None and producer.op_type != "Constant":
+        nodes.append(producer)
+        at = producer.inputs[0]
+    return nodes
+
+
+def _evaluate(node: ir.Node, array: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+    """Apply an Identity, Cast or Transpose to a constant; None where its meaning is in doubt."""
+    if any(item.is_ref() for item in node.attributes.values()):
+        return None
+    if node.op_type == "Transpose":
+        permutation = attribute(node, "perm", tuple(reversed(range(array.ndim))))
+        if sorted(permutation) != list(range(array.ndim)):
+            return None
+        return np.transpose(array, permutation)
+    if node.op_type == "Cast":
+        target = ir.DataType(attribute(node, "to", 0)).numpy()
+        # Between floats only, and not from float64 to bfloat16, where runtimes round once or twice.
+        if {array.dtype.name, target.name} - FLOATS or (array.dtype.name, target.name) == ("float64", "bfloat16"):
+            return None
+        with np.errstate(over="ignore"):  # infinite values are refused by whoever uses them
+            return array.astype(target)
+    return array
 
 
 def _constant_node_array(node: ir.Node) -> npt.NDArray[Any] | None:
@@ -145,27 +228,58 @@ def _constant_node_array(node: ir.Node) -> npt.NDArray[Any] | None:
             return np.array(attribute.as_float(), dtype=np.float32)
         if name == "value_floats":
             return np.array(attribute.as_floats(), dtype=np.float32)
+        if name == "value_int":
+            return np.array(attribute.as_int(), dtype=np.int64)
+        if name == "value_ints":
+            return np.array(attribute.as_ints(), dtype=np.int64)
     return None
 
 
-def _infer_shapes(model: ir.Model) -> dict[tuple[int, str], ir.Shape]:
-    # A separate copy, so that nothing inferred ends up in the result.
+def _infer(model: ir.Model) -> dict[int, ir.Value]:
+    """Infer shapes and types: by the id of each value of the model, a copy that knows them."""
     try:
         # Without what the model declares of its inner values, which inference would take for granted.
-        bare = ir.to_proto(model)
+        bare = without_weights(model)
         del bare.graph.value_info[:]
-        proto = onnx.shape_inference.infer_shapes(bare, data_prop=True)
-        inferred = ir.from_proto(proto)
+        inferred = ir.from_proto(onnx.shape_inference.infer_shapes(bare, data_prop=True))
     except Exception:  # whatever inference dislikes: a shape that is not proven is a refusal
         return {}
     # Names are unique only within one graph: the branches of an If may repeat them.
-    return {
-        (id(scope.graph), output.name): output.shape
-        for scope, copy in zip(scopes(model), scopes(inferred), strict=True)
-        for node in copy.graph
-        for output in node.outputs
-        if output.name and output.shape is not None
+    copies = {
+        (scope.label, output.name): output for scope in scopes(inferred) for node in scope.graph for output in node.outputs
     }
+    return {
+        id(output): copies[scope.label, output.name]
+        for scope in scopes(model)
+        for node in scope.graph
+        for output in node.outputs
+        if (scope.label, output.name) in copies
+    }
+
+
+# Larger tensors hold weights; smaller ones may hold shapes, which inference reads.
+_LARGEST_SHAPE = 1024
+
+
+def without_weights(model: ir.Model) -> onnx.ModelProto:
+    """Return a ModelProto of the model whose large tensors have a type and a shape, but no data."""
+    bare = model.clone()
+    for scope in scopes(bare):
+        for value in scope.graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value = _without_data(value.const_value)
+        for node in scope.graph:
+            item = node.attributes.get("value") if node.op_type == "Constant" else None
+            if item is not None and not item.is_ref():
+                node.attributes["value"] = ir.AttrTensor("value", _without_data(item.as_tensor()))
+    return ir.to_proto(bare)
+
+
+def _without_data(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    if tensor.size <= _LARGEST_SHAPE:
+        return tensor
+    stub = onnx.TensorProto(name=tensor.name or "", data_type=int(tensor.dtype), dims=tensor.shape.numpy())
+    return ir.TensorProtoTensor(stub)
 
 
 class AttributeNotConstant(Exception):

@@ -24,6 +24,7 @@ from pybn.folding.graph import (
     standard_type,
     unavailable,
 )
+from pybn.folding.neighbours import neighbours
 from pybn.folding.reasons import FoldError, Reason, Refusal
 from pybn.folding.report import Fold, FoldReport, Left
 from pybn.folding.rules import BACKWARD, Rewrite, data_input
@@ -150,17 +151,20 @@ def _fold_batch_norm(node: ir.Node, scope: Scope, facts: Facts, editor: Editor) 
     found = _read_batch_norm(node, scope, facts)
     path = found if isinstance(found, Refusal) else _walk_back(node, found, facts)
     if isinstance(path, Refusal):
-        return Left(name, output, scope.label, path.reason, path.detail)
-    absorber = path.nodes[-1]
-    entering = absorber.inputs[data_input(absorber, facts)]
+        return Left(name, node.op_type, output, scope.label, path.reason, path.detail, neighbours=neighbours(node))
+    assert isinstance(found, Affine)
+    magnitudes = np.abs(found.scale)
     fold = Fold(
         name=name,
+        op_type=node.op_type,
         output=output,
         graph=scope.label,
-        into=display_name(absorber),
-        op=absorber.op_type,
+        direction="backward",
+        into=(display_name(path.nodes[-1]),),
         route=tuple(passed.op_type for passed in path.nodes),
-        input=(entering.name if entering is not None else None) or "",
+        outputs=(output,),
+        cost=0,
+        scale_range=(float(magnitudes.min(initial=np.inf)), float(magnitudes.max(initial=0.0))),
     )
     editor.apply(path.rewrites)
     editor.remove(node)

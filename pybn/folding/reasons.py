@@ -26,6 +26,12 @@ class Reason(str, Enum):
     FOREIGN_DOMAIN = "foreign-domain"
     GRAPH_OUTPUT = "graph-output"
     OTHER_CONSUMER = "other-consumer"
+    NO_LINEAR_CONSUMER = "no-linear-consumer"
+    MEETS_ITSELF = "meets-itself"
+    TOO_FAR = "too-far"
+    NEGATIVE_SCALE = "negative-scale"
+    SHIFT_STAYS = "shift-stays"
+    PADDING = "padding"
     SUBGRAPH_CAPTURE = "subgraph-capture"
     DROPOUT_TRAINING = "dropout-training"
     CHANNEL_AXIS = "channel-axis"
@@ -37,6 +43,11 @@ class Reason(str, Enum):
     UNSUPPORTED_DTYPE = "unsupported-dtype"
     TYPE_MISMATCH = "type-mismatch"
     OUTSIDE_DTYPE = "outside-dtype"
+    QUANTIZATION = "quantization"
+    NARROWER_TYPE = "narrower-type"
+    # What the caller asked for
+    SKIPPED = "skipped"
+    NO_GAIN = "no-gain"
 
 
 UNLOCK: dict[Reason, str] = {
@@ -54,6 +65,12 @@ UNLOCK: dict[Reason, str] = {
     Reason.FOREIGN_DOMAIN: "only operators of the standard ONNX domain have folding rules",
     Reason.GRAPH_OUTPUT: "remove that value from the graph outputs",
     Reason.OTHER_CONSUMER: "give the other consumer its own copy of the operator",
+    Reason.NO_LINEAR_CONSUMER: "only an operator with a folding rule can absorb a map before it",
+    Reason.MEETS_ITSELF: "the branches that meet would have to scale alike; only a change of the network would help",
+    Reason.TOO_FAR: "put the operators that are to be joined closer together",
+    Reason.NEGATIVE_SCALE: "only positive scales pass this operator; see what --aggressive would do",
+    Reason.SHIFT_STAYS: "only a scale passes this operator, and the shift would remain; see --aggressive",
+    Reason.PADDING: "pad with the value that zero had before, or not at all; see what --aggressive would do",
     Reason.SUBGRAPH_CAPTURE: "keep the operator, the batch norm and all uses in one graph",
     Reason.DROPOUT_TRAINING: "export the model in evaluation mode",
     Reason.CHANNEL_AXIS: "the channels of the batch norm must be the operator's output features",
@@ -64,6 +81,10 @@ UNLOCK: dict[Reason, str] = {
     Reason.UNSUPPORTED_DTYPE: "store the values as float16, bfloat16, float32 or float64",
     Reason.TYPE_MISMATCH: "correct the declared types",
     Reason.OUTSIDE_DTYPE: "store the weights in a type with a larger range",
+    Reason.QUANTIZATION: "quantize the folded model instead",
+    Reason.NARROWER_TYPE: "compute in the wider type from the start",
+    Reason.SKIPPED: "leave it out of --skip, or name it in --only",
+    Reason.NO_GAIN: "use --aggressive, which also makes rewrites that save no operator",
 }
 
 

@@ -1,72 +1,172 @@
 """What was folded, what was left and why, and what the check found. JSON is the truth.
 
-`FoldReport.to_dict` documents the JSON; the text that people see is made from it in `pybn.cli`.
+``docs/report.md`` documents the JSON, ``report.schema.json`` beside this file is its JSON Schema. The text, the page
+and the picture that people see are made from it: `pybn.terminal`, `pybn.folding.html`, `pybn.folding.picture`.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from typing import Any
+import types
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from pybn.folding.reasons import UNLOCK, Reason
 
-SCHEMA = 1
+SCHEMA = 2
+
+BATCH_NORM = "BatchNormalization"
+
+# Operator types of neighbours that are not nodes: where a value enters the graph, and where it leaves it.
+GRAPH_INPUT, GRAPH_OUTPUT = "graph input", "graph output"
+
+Direction: TypeAlias = Literal["backward", "forward", "merged"]
+
+
+class ReportError(ValueError):
+    """A text is not a report that this version reads. The message is one line."""
 
 
 @dataclass(frozen=True)
 class Fold:
-    """A batch norm that is gone.
+    """A batch norm, or another affine node, that is gone.
 
     Attributes
     ----------
     name : str
-        The batch norm's node name, or its output's if it has none.
+        The node's name, or its output's if it has none.
+    op_type : str
+        "BatchNormalization", or the operator type of another affine node: Mul, Add, Sub, Div, Neg.
     output : str
-        The value it produced; the operator that absorbed it produces it now.
+        The value that it produced.
     graph : str
         The graph it was in: "main", or the path to a subgraph or local function.
-    into, op : str
-        Name and original operator type of the node that absorbed it.
+    direction : str
+        "backward" into what came before it, "forward" into what came after it, or "merged" with another affine node.
+    into : tuple of str
+        Names of the nodes that absorbed it.
     route : tuple of str
-        Operator types passed on the way back, nearest to the batch norm first, `op` last.
-    input : str
-        The value that enters the absorbing operator.
+        Operator types on the way, nearest to the affine first, those that absorbed it among them.
+    outputs : tuple of str
+        Values of both models, with the same data in both, that are now computed in another way.
+    cost : int
+        Operators that the fold added; the affine itself, which is gone, not subtracted.
+    scale_range : tuple of two floats
+        The least and the largest |scale| of the map.
     """
 
     name: str
+    op_type: str
     output: str
     graph: str
-    into: str
-    op: str
+    direction: Direction
+    into: tuple[str, ...]
     route: tuple[str, ...]
-    input: str
+    outputs: tuple[str, ...]
+    cost: int
+    scale_range: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A node near an affine that stays; constants are not among its inputs.
+
+    Attributes
+    ----------
+    name : str
+        The node's name, or its output's if it has none.
+    op_type : str
+        The operator type, "domain::type" outside the standard domain; or `GRAPH_INPUT` or `GRAPH_OUTPUT`, for a value
+        that enters or leaves the graph.
+    inputs, outputs : tuple of str
+        Names of values. Two neighbours are connected where one's output is the other's input.
+    """
+
+    name: str
+    op_type: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Left:
-    """A batch norm that stays, with the reason.
+    """A batch norm, or another affine node, that stays, with the reason.
 
     Attributes
     ----------
-    name, output, graph : str
+    name, op_type, output, graph : str
         As in `Fold`.
     reason : Reason
         The code.
     detail : str
         What was found.
+    would : str or None
+        What ``aggressive`` would do and bring; None if it would not help. The same words for all rows of a kind,
+        without names, so that they can be counted.
+    neighbours : tuple of Neighbour
+        The nodes of the folded model within two steps, the affine itself first.
     """
 
     name: str
+    op_type: str
     output: str
     graph: str
     reason: Reason
     detail: str
+    would: str | None = None
+    neighbours: tuple[Neighbour, ...] = ()
 
     @property
     def sentence(self) -> str:
         """What was found, and what would unlock the fold."""
         return f"{self.detail}; {UNLOCK[self.reason]}"
+
+
+Row: TypeAlias = Fold | Left
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How large the weights of an operator are, by output channel.
+
+    The scale of a channel is its largest |w|: what one quantisation step per channel is proportional to. With one step
+    per tensor, ``log2(largest / smallest)`` is the number of bits that the smallest channel loses.
+
+    Attributes
+    ----------
+    least : float
+        The least |w| > 0 of the tensor; 0 if all are zero.
+    smallest, median, largest : float
+        Of the scales of the channels that are not all zero; 0 if all are.
+    channels, zero_channels : int
+        Output channels, and those among them whose weights are all zero.
+    """
+
+    least: float
+    smallest: float
+    median: float
+    largest: float
+    channels: int
+    zero_channels: int
+
+
+@dataclass(frozen=True)
+class WeightRange:
+    """The weights of one operator in the original and in the folded model.
+
+    Attributes
+    ----------
+    node, op_type, graph : str
+        The operator, named as in the folded model.
+    before, after : Spread
+        Equal if no fold changed the weights.
+    """
+
+    node: str
+    op_type: str
+    graph: str
+    before: Spread
+    after: Spread
 
 
 @dataclass(frozen=True)
@@ -162,89 +262,146 @@ class Check:
 
 @dataclass(frozen=True)
 class FoldReport:
-    """Every batch norm of a model and what became of it.
+    """Every batch norm and affine node of a model and what became of it.
 
     Attributes
     ----------
-    batch_norms : tuple of Fold or Left
-        In graph order.
+    rows : tuple of Fold or Left
+        One for each, in graph order.
+    weights : tuple of WeightRange
+        One for each linear operator with constant weights, if they were measured.
     input, output : FileInfo or None
         The files, where there are any.
     check : Check or None
         The proof, if it was asked for.
     """
 
-    batch_norms: tuple[Fold | Left, ...]
+    rows: tuple[Row, ...]
+    weights: tuple[WeightRange, ...] = ()
     input: FileInfo | None = None
     output: FileInfo | None = None
     check: Check | None = None
 
     @property
+    def batch_norms(self) -> tuple[Row, ...]:
+        """The rows that are batch norms."""
+        return tuple(row for row in self.rows if row.op_type == BATCH_NORM)
+
+    @property
+    def affines(self) -> tuple[Row, ...]:
+        """The rows that are not batch norms."""
+        return tuple(row for row in self.rows if row.op_type != BATCH_NORM)
+
+    @property
     def folds(self) -> tuple[Fold, ...]:
-        """The batch norms that are gone."""
-        return tuple(row for row in self.batch_norms if isinstance(row, Fold))
+        """The rows that are gone, batch norms or not."""
+        return tuple(row for row in self.rows if isinstance(row, Fold))
 
     @property
     def left(self) -> tuple[Left, ...]:
+        """The rows that stay, batch norms or not."""
+        return tuple(row for row in self.rows if isinstance(row, Left))
+
+    @property
+    def batch_norms_left(self) -> tuple[Left, ...]:
         """The batch norms that stay."""
-        return tuple(row for row in self.batch_norms if isinstance(row, Left))
+        return tuple(row for row in self.left if row.op_type == BATCH_NORM)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many batch norms and how many other affine nodes there were, are folded, and are left."""
+        batch_norms, affines = self.batch_norms, self.affines
+        left, affines_left = len(self.batch_norms_left), len(self.left) - len(self.batch_norms_left)
+        return {
+            "batch_norms": len(batch_norms),
+            "folded": len(batch_norms) - left,
+            "left": left,
+            "affines": len(affines),
+            "affines_folded": len(affines) - affines_left,
+            "affines_left": affines_left,
+        }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values, ready for JSON.
+        """Return the report as plain values, ready for JSON; ``docs/report.md`` says what they mean.
 
-        Keys, stable within one ``schema``: ``schema``, ``input`` and ``output`` (null, or
-        ``path``, ``bytes``, ``sha256``), ``counts`` (``batch_norms``, ``folded``, ``left``),
-        ``batch_norms`` and ``check``. A row of ``batch_norms`` has ``status``, ``name``,
-        ``output``, ``graph``; if ``status`` is "folded" also ``into``, ``op``, ``route``,
-        ``input``; if it is "left" also ``reason``, ``detail``, ``unlock``. ``check`` is null or
-        has ``passed``, ``inputs``, ``folds``, ``outputs``, ``runtime_agrees``,
-        ``runtime_optimiser``, ``timing`` (seconds) and ``predictions`` (null without labels).
-        A number that is not finite is null.
+        The fields of the dataclasses, and what follows from them: ``schema``, ``counts``, of every row its ``status``
+        and what would ``unlock`` it, of the check whether it ``passed``. A number that is not finite is None.
         """
-        return {
-            "schema": SCHEMA,
-            "input": None if self.input is None else asdict(self.input),
-            "output": None if self.output is None else asdict(self.output),
-            "counts": {
-                "batch_norms": len(self.batch_norms),
-                "folded": len(self.folds),
-                "left": len(self.left),
-            },
-            "batch_norms": [_row(row) for row in self.batch_norms],
-            "check": None if self.check is None else _check(self.check),
-        }
+        values: dict[str, Any] = _plain(asdict(self))
+        for row, plain in zip(self.rows, values["rows"], strict=True):
+            plain["status"] = "folded" if isinstance(row, Fold) else "left"
+            if isinstance(row, Left):
+                plain["unlock"] = UNLOCK[row.reason]
+        if self.check is not None:
+            values["check"]["passed"] = self.check.passed
+            values["check"]["runtime_agrees"] = self.check.runtime_agrees
+        return {"schema": SCHEMA, "counts": self.counts, **values}
 
     def to_json(self) -> str:
         """Return the report as JSON text."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
+    @classmethod
+    def from_json(cls, text: str) -> FoldReport:
+        """Read what `to_json` wrote. Numbers that were not finite are NaN.
 
-def _row(row: Fold | Left) -> dict[str, Any]:
-    if isinstance(row, Fold):
-        return {"status": "folded", **asdict(row), "route": list(row.route)}
-    return {
-        "status": "left",
-        **asdict(row),
-        "reason": row.reason.value,
-        "unlock": UNLOCK[row.reason],
-    }
+        Raises
+        ------
+        ReportError
+            If the text is not JSON, not a report, or of another schema.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ReportError(f"the report is not JSON: {error}") from error
+        schema = values.get("schema") if isinstance(values, dict) else None
+        if schema != SCHEMA:
+            raise ReportError(f"the report has schema {schema!r}, expected {SCHEMA}")
+        try:
+            report: FoldReport = _read(cls, values)
+        except KeyError as error:
+            raise ReportError(f"the report lacks the key {error}") from error
+        except (TypeError, ValueError) as error:
+            raise ReportError(f"the report is malformed: {error}") from error
+        return report
 
 
-def _check(check: Check) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "passed": check.passed,
-        "runtime_agrees": check.runtime_agrees,
-        **_finite(asdict(check)),
-    }
-    return values
-
-
-def _finite(value: Any) -> Any:
-    """Replace numbers that JSON does not have by None."""
+def _plain(value: Any) -> Any:
+    """Turn what `asdict` returns into what JSON has: lists, and None for numbers that are not finite."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_plain(item) for item in value]
+    if isinstance(value, Reason):
+        return value.value
     if isinstance(value, float) and value - value != 0.0:
         return None
+    return value
+
+
+def _read(kind: Any, value: Any) -> Any:
+    """Make a value of the annotated type from plain values: the inverse of `_plain`."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        if type(None) in arguments:
+            return None if value is None else _read(arguments[0], value)
+        return _read(Fold if value["status"] == "folded" else Left, value)  # `Row`, the only other union
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise TypeError(f"{value!r} is not a list")
+        return tuple(_read(arguments[0], item) for item in value)  # all items of a tuple are of one type
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        items = {field.name: _read(hints[field.name], value[field.name]) for field in fields(kind)}
+        return kind(**items)  # type: ignore[operator]  # mypy takes it for an instance
+    if kind is float:
+        return float("nan") if value is None else float(value)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{value!r} is none of {', '.join(arguments)}")
+        return value
+    if kind is Reason:
+        return Reason(value)
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is not of type {kind.__name__}")
     return value

@@ -213,7 +213,7 @@ def _expose(original: onnx.ModelProto, proofs: Sequence[FoldProof]) -> onnx.Mode
     model = onnx.ModelProto()
     model.CopyFrom(original)
     for proof in proofs:
-        for kind, value in (("x", proof.fold.input), ("y", proof.fold.output)):
+        for kind, value in (("x", proof.entering), ("y", proof.fold.output)):
             # Identity, because a value may be an input or an output of the graph already.
             name = f"pybn.{kind}.{proof.fold.output}"
             model.graph.node.append(onnx.helper.make_node("Identity", [value], [name]))

@@ -800,33 +800,6 @@ def test_inferred_shapes_do_not_stay():
     assert not folded.graph.value_info
 
 
-def test_report_is_plain_json():
-    report = fold_onnx(REFUSALS["follows Relu"][0]()).report
-    values = report.to_dict()
-    assert values["schema"] == 1
-    assert values["counts"] == {"batch_norms": 1, "folded": 0, "left": 1}
-    assert values["batch_norms"][0] == {
-        "status": "left",
-        "name": "bn_y",
-        "output": "y",
-        "graph": "main",
-        "reason": "no-linear-producer",
-        "detail": "it follows Relu",
-        "unlock": UNLOCK[Reason.NO_LINEAR_PRODUCER],
-    }
-    folded = fold_onnx(conv_model()).report.to_dict()["batch_norms"][0]
-    assert folded == {
-        "status": "folded",
-        "name": "bn_y",
-        "output": "y",
-        "graph": "main",
-        "into": "conv",
-        "op": "Conv",
-        "route": ["Conv"],
-        "input": "x",
-    }
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -1,0 +1,636 @@
+"""One function per operator: how a map that comes after it passes backward through it.
+
+`pybn.folding.steps` says what a rule is. To teach pybn another operator, write its rule and add it
+to `BACKWARD`. The operators that are maps themselves, batch norms and the like, are in `sources`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from pybn.folding.affine import Affine, Array, Float64, is_supported, round_to
+from pybn.folding.graph import Facts, attribute, unavailable
+from pybn.folding.reasons import FoldError, Reason, Refusal
+from pybn.folding.steps import Insert, Rewrite, Rule, Step
+from pybn.folding.weights import map_bias, scale_axis, scale_transposed_conv
+
+# Linear operators, which absorb
+
+
+def conv(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Conv: ``W' = a[o] W``, ``c' = a c + b``. Groups divide the inputs, so they do not matter."""
+    operands = _weight_and_bias(node, facts)
+    if isinstance(operands, Refusal):
+        return operands
+    weight, bias = operands
+    per_channel = affine.over(weight.shape[0], 1)
+    return _absorb(node, per_channel, weight, scale_axis(weight, per_channel.scale, 0), bias)
+
+
+def conv_transpose(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """ConvTranspose: as Conv, with the output channels numbered group by group along axis 1."""
+    operands = _weight_and_bias(node, facts)
+    if isinstance(operands, Refusal):
+        return operands
+    weight, bias = operands
+    groups = int(attribute(node, "group", 1))
+    if groups < 1 or weight.shape[0] % groups:
+        return Refusal(Reason.PARAMETER_SHAPE, f"group={groups} does not divide the weight")
+    per_channel = affine.over(weight.shape[1] * groups, 1)
+    return _absorb(node, per_channel, weight, scale_transposed_conv(weight, per_channel.scale, groups), bias)
+
+
+def gemm(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Gemm, ``alpha A B + beta C``: ``B' = a B``, ``C' = a beta C + b``, and beta becomes 1."""
+    operands = _weight_and_bias(node, facts, bias_rank=None)
+    if isinstance(operands, Refusal):
+        return operands
+    weight, bias = operands
+    if weight.ndim != 2 or (bias is not None and bias.ndim > 2):
+        return Refusal(Reason.PARAMETER_SHAPE, "the weight or bias of Gemm has the wrong rank")
+    output_axis = 0 if attribute(node, "transB", 0) else 1
+    features = weight.shape[output_axis]
+    per_channel = affine.over(features, 1)
+    if bias is not None and bias.shape[-1:] not in ((), (1,), (features,)):
+        return _wrong_bias(bias, features)
+    attributes: dict[str, int | None] = {"beta": None}
+    if facts.opset(node) < 7:
+        attributes["broadcast"] = 1
+    scaled = scale_axis(weight, per_channel.scale, output_axis)
+    gain = float(attribute(node, "beta", 1.0))
+    return _absorb(node, per_channel, weight, scaled, bias, gain=gain, attributes=attributes)
+
+
+def matmul(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """MatMul with a constant on either side: ``B' = a B`` along the last axis, or ``A' = a A`` along the one before.
+
+    A shift needs the bias that Gemm has, or an Add where Gemm does not do: it takes matrices only.
+    With two computed operands a scale goes to the one that has its axis.
+    """
+    ranks = [facts.rank(value) for value in node.inputs]
+    rank = None if ranks[0] is None or ranks[1] is None else max(ranks[0], ranks[1])
+    if rank is not None and min(ranks[0] or 0, ranks[1] or 0) < 2:
+        return Refusal(Reason.CHANNEL_AXIS, "MatMul of a vector has no axis of channels")
+    if rank is None and affine.axis is not None:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the rank of MatMul's operands is unknown")
+    last = rank - 1 if rank is not None else None
+    sides = [side for side in (1, 0) if affine.axis is None or affine.axis == _matmul_axis(side, last)]
+    if not sides:
+        return Refusal(
+            Reason.CHANNEL_AXIS,
+            f"MatMul has rank {rank} and its features in the last axis, "
+            f"but the channels of the map are in axis {affine.axis}",
+        )
+    constant_sides = [side for side in sides if facts.constant(node.inputs[side]) is not None]
+    if not constant_sides:
+        return _matmul_of_computed(node, affine, sides, ranks, facts)
+    side = constant_sides[0]
+    weight = facts.constant(node.inputs[side])
+    assert weight is not None
+    if not is_supported(weight.dtype):
+        return _unsupported(weight, "the weight of MatMul")
+    if weight.ndim < 2:
+        return Refusal(Reason.PARAMETER_SHAPE, "the weight of MatMul is not a matrix")
+    weight_axis = weight.ndim - 1 if side == 1 else weight.ndim - 2
+    features = weight.shape[weight_axis]
+    per_channel = affine.over(features, affine.axis if affine.axis is not None else 0)
+    constants: dict[int, Array] = {}
+    if not affine.keeps_scale:
+        scaled = scale_axis(weight, per_channel.scale, weight_axis)
+        constants[side] = round_to(scaled, weight.dtype, "the folded weight")
+    if affine.keeps_zero:
+        return Step((Rewrite(node, constants),))
+    bias = round_to(per_channel.shift, weight.dtype, "the folded bias")
+    if rank == 2 and side == 1 and facts.opset(node) >= 7:
+        return Step((Rewrite(node, {**constants, 2: bias}, "Gemm"),))
+    added = bias if side == 1 else bias.reshape(features, 1)
+    return Step((Rewrite(node, constants, after=(Insert("Add", (added,)),)),))
+
+
+def _matmul_axis(side: int, last: int | None) -> int | None:
+    """Return the axis of the product that an operand brings in."""
+    return None if last is None else last - (1 - side)
+
+
+def _matmul_of_computed(
+    node: ir.Node, affine: Affine, sides: Sequence[int], ranks: Sequence[int | None], facts: Facts
+) -> Step | Refusal:
+    if not affine.keeps_zero:
+        value = node.inputs[sides[0]]
+        return unavailable(facts, value, "the weight of MatMul", parameter=False)
+    carries: list[tuple[int, Affine]] = []
+    for side in sides:
+        rank = ranks[side]
+        carries.append((side, affine if rank is None else affine.along(rank - 2 + side)))
+    return _first_of([Step(carries=(carry,)) for carry in carries])
+
+
+def normalization(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """InstanceNormalization and LayerNormalization end with a map per channel, which takes up another."""
+    is_instance = node.op_type == "InstanceNormalization"
+    axis, last = 1, False
+    if not is_instance:
+        rank = facts.rank(node.inputs[0])
+        if rank is None:
+            return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the rank of LayerNormalization's data is unknown")
+        axis, last = rank - 1, True
+    operands = _weight_and_bias(node, facts, weight_rank=1)
+    if isinstance(operands, Refusal):
+        return operands
+    weight, bias = operands
+    if last and attribute(node, "axis", -1) not in (-1, axis):
+        return Refusal(Reason.CHANNEL_AXIS, "LayerNormalization is over several axes")
+    per_channel = affine.over(weight.size, axis)
+    return _absorb(node, per_channel, weight, scale_axis(weight, per_channel.scale, 0), bias)
+
+
+# Operators that a map passes
+
+
+def same(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Identity: every map passes."""
+    return Step(carries=((0, affine),))
+
+
+def dropout(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Dropout in evaluation mode is the identity."""
+    # Since opset 12 the mode is an input; from 7 to 11 the operator is for inference only.
+    mode = node.inputs[2] if len(node.inputs) > 2 else None
+    training = facts.opset(node) < 7 and not attribute(node, "is_test", 0)
+    if mode is not None:
+        value = facts.constant(mode)
+        training = value is None or value.size != 1 or bool(value.reshape(-1)[0])
+    if training:
+        return Refusal(Reason.DROPOUT_TRAINING, "Dropout is, or may be, in training mode")
+    return Step(carries=((0, affine),))
+
+
+# Types, by name, that hold every value of another.
+_HOLDS = {
+    "float16": {"float16"},
+    "bfloat16": {"bfloat16"},
+    "float32": {"float16", "bfloat16", "float32"},
+    "float64": {"float16", "bfloat16", "float32", "float64"},
+}
+
+
+def cast(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Cast between floats, unless the map would be computed in a narrower type than it was."""
+    before, after = facts.dtype(node.inputs[0]), facts.dtype(node.outputs[0])
+    if before is None or after is None:
+        return Refusal(Reason.NARROWER_TYPE, "the types of Cast are unknown")
+    if after.name not in _HOLDS.get(before.name, ()):
+        return Refusal(Reason.NARROWER_TYPE, f"before Cast it would be computed in {before.name}, not in {after.name}")
+    return Step(carries=((0, affine),))
+
+
+def relu(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Relu, LeakyRelu, PRelu: ``a f(x) = f(a x)`` for ``a >= 0``."""
+    if not affine.keeps_zero:
+        return Refusal(Reason.SHIFT_STAYS, f"a shift does not pass {node.op_type}")
+    return _monotone(node, affine)
+
+
+def max_pool(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Maxima over space: ``a max(x) + b = max(a x + b)`` for ``a >= 0``."""
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
+        return Refusal(Reason.OTHER_CONSUMER, f"the indices of {node.op_type} are used")
+    return _spatial(node, affine) or _monotone(node, affine)
+
+
+def average_pool(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Averages over space: every map passes, except that zeros in the padding are not shifted."""
+    if not affine.keeps_zero and (_counts_padding(node) or attribute(node, "ceil_mode", 0)):
+        return Refusal(Reason.PADDING, "AveragePool counts padded zeros, which a shift does not reach")
+    return _spatial(node, affine) or Step(carries=((0, affine),))
+
+
+def _counts_padding(node: ir.Node) -> bool:
+    if not attribute(node, "count_include_pad", 0):
+        return False
+    return attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID") or any(attribute(node, "pads", ()))
+
+
+def global_average_pool(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """GlobalAveragePool: every map passes."""
+    return _spatial(node, affine) or Step(carries=((0, affine),))
+
+
+def reduce_mean(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """ReduceMean over other axes than the channels': every map passes."""
+    carry = _before_reduction(node, affine, facts)
+    return carry if isinstance(carry, Refusal) else Step(carries=((0, carry),))
+
+
+def reduce_max(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """ReduceMax and ReduceMin over other axes than the channels', as a pooling."""
+    carry = _before_reduction(node, affine, facts)
+    return carry if isinstance(carry, Refusal) else _monotone(node, carry)
+
+
+def _before_reduction(node: ir.Node, affine: Affine, facts: Facts) -> Affine | Refusal:
+    """Find the channel axis among those that the reduction started with."""
+    if affine.axis is None:
+        return affine
+    rank = facts.rank(node.inputs[0])
+    axes = _integers(node, "axes", 1, facts)
+    if rank is None or (axes is None and len(node.inputs) > 1 and node.inputs[1] is not None):
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"the axes of {node.op_type} are unknown")
+    if not axes:
+        keeps_all = axes is not None and attribute(node, "noop_with_empty_axes", 0)
+        reduced = set() if keeps_all else set(range(rank))
+    else:
+        reduced = {axis % rank for axis in axes}
+    kept = [axis for axis in range(rank) if axis not in reduced]
+    before = affine.axis if attribute(node, "keepdims", 1) else dict(enumerate(kept)).get(affine.axis)
+    if before is None or before in reduced:
+        return Refusal(Reason.CHANNEL_AXIS, f"{node.op_type} is over the axis of the channels")
+    return affine.along(before)
+
+
+def clip(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Clip: ``a clip(x, l, h) + b = clip(a x + b, a l + b, a h + b)``; the bounds swap for ``a < 0``.
+
+    The bounds are scalars, so all channels must agree on them.
+    """
+    if (affine.scale == 0).any():
+        return Refusal(Reason.NEGATIVE_SCALE, "a scale of 0 does not pass Clip")
+    flips = bool((affine.scale < 0).any())
+    as_inputs = facts.opset(node) >= 11
+    bounds: list[Float64 | None] = []
+    dtype = None
+    for position, name in ((1, "min"), (2, "max")):
+        value = node.inputs[position] if len(node.inputs) > position else None
+        if as_inputs and value is not None:
+            array = facts.constant(value)
+            if array is None:
+                return unavailable(facts, value, f"the {name} of Clip", parameter=False)
+            if not is_supported(array.dtype) or array.size != 1:
+                return _unsupported(array, f"the {name} of Clip")
+            dtype = array.dtype
+            bounds.append(array.reshape(-1).astype(np.float64))
+        elif not as_inputs and name in node.attributes:
+            dtype = np.dtype(np.float32)
+            bounds.append(np.array([attribute(node, name, 0.0)], dtype=np.float64))
+        else:
+            bounds.append(None)
+    if dtype is None:
+        return Step(carries=((0, affine),))
+    mapped: list[Array | None] = []
+    for bound in bounds:
+        if bound is None:
+            mapped.append(None)
+            continue
+        values = round_to(affine.scale * bound + affine.shift, dtype, "the folded bound")
+        if (values != values[0]).any():
+            return Refusal(Reason.NEGATIVE_SCALE, "the bounds of Clip would differ between channels")
+        mapped.append(values[:1].reshape(()))
+    if flips:
+        if (affine.scale > 0).any() or None in bounds:
+            return Refusal(Reason.NEGATIVE_SCALE, "a negative scale would swap the bounds of Clip")
+        mapped.reverse()
+    return Step((_with_bounds(node, mapped, as_inputs=as_inputs),), ((0, affine),))
+
+
+def _with_bounds(node: ir.Node, bounds: Sequence[Array | None], *, as_inputs: bool) -> Rewrite:
+    if as_inputs:
+        return Rewrite(node, {at: bound for at, bound in enumerate(bounds, start=1) if bound is not None})
+    names = ("min", "max")
+    return Rewrite(
+        node,
+        attributes={name: float(bound) for name, bound in zip(names, bounds, strict=True) if bound is not None},
+    )
+
+
+def resize(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Resize and Upsample along other axes than the channels': the weights of a mean sum to 1."""
+    if attribute(node, "coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize":
+        return Refusal(Reason.PADDING, "Resize fills in a value that a map does not reach")
+    if affine.axis is not None and not _resize_keeps(node, affine.axis, facts):
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"{node.op_type} may change the axis of the channels")
+    return Step(carries=((0, affine),))
+
+
+def _resize_keeps(node: ir.Node, axis: int, facts: Facts) -> bool:
+    """Say whether an axis is proven to be left as it is."""
+    axes = attribute(node, "axes", None)
+    if axes is not None:
+        rank = facts.rank(node.inputs[0])
+        return rank is not None and axis not in {item % rank for item in axes}
+    scales = attribute(node, "scales", None)
+    if scales is None:
+        # Upsample and Resize of opset 10 have the scales second, later ones third.
+        position = 1 if node.op_type == "Upsample" or facts.opset(node) < 11 else 2
+        array = facts.constant(node.inputs[position]) if len(node.inputs) > position else None
+        scales = None if array is None else array.tolist()
+    if scales:
+        return axis < len(scales) and scales[axis] == 1.0
+    before, after = facts.size(node.inputs[0], axis), facts.size(node.outputs[0], axis)
+    return before is not None and before == after and attribute(node, "keep_aspect_ratio_policy", "stretch") == "stretch"
+
+
+def concat(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Concat: every input takes its channels of the map, or all of it along another axis."""
+    inputs = range(len(node.inputs))
+    if affine.axis is None:
+        return Step(carries=tuple((at, affine) for at in inputs))
+    rank = facts.rank(node.outputs[0])
+    if rank is None:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the rank of Concat is unknown")
+    if int(attribute(node, "axis", 1)) % rank != affine.axis:
+        return Step(carries=tuple((at, affine) for at in inputs))
+    sizes = [facts.size(value, affine.axis) for value in node.inputs]
+    if None in sizes or sum(size or 0 for size in sizes) != affine.scale.size:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"the channels of Concat's inputs are not proven: {sizes}")
+    carries: list[tuple[int, Affine]] = []
+    start = 0
+    for at, size in enumerate(sizes):
+        assert size is not None
+        carries.append((at, affine.part(start, start + size)))
+        start += size
+    return Step(carries=tuple(carries))
+
+
+def split(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Split: the part that the output is of the input, and nothing elsewhere."""
+    value = node.inputs[0]
+    rank = facts.rank(value)
+    if rank is None:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the rank of Split's data is unknown")
+    axis = int(attribute(node, "axis", 0)) % rank
+    sizes = [facts.size(output, axis) for output in node.outputs]
+    whole = facts.size(value, axis)
+    if whole is None or None in sizes or sum(size or 0 for size in sizes) != whole:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"the sizes of Split are not proven: {sizes}")
+    known = [size for size in sizes if size is not None]
+    start = sum(known[:index])
+    if affine.axis not in (None, axis):
+        return Refusal(Reason.CHANNEL_AXIS, f"Split is along axis {axis}, the map along {affine.axis}")
+    part = affine.over(known[index], axis)
+    return Step(carries=((0, _within(part, start, whole)),))
+
+
+def slice_(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Slice: the part that is kept of the input, and nothing elsewhere."""
+    value = node.inputs[0]
+    if affine.axis is None:
+        return Step(carries=((0, affine),))
+    ranges = _slice_ranges(node, facts)
+    rank = facts.rank(value)
+    if ranges is None or rank is None:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "what Slice keeps is unknown")
+    kept = {axis % rank: bounds for axis, bounds in ranges.items()}.get(affine.axis)
+    if kept is None:
+        return Step(carries=((0, affine),))
+    whole = facts.size(value, affine.axis)
+    if whole is None:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the channels of Slice's data are unknown")
+    positions = np.arange(whole)[slice(*kept)]
+    # Where Python and ONNX disagree, about bounds before the start, the length tells.
+    if positions.size != affine.scale.size or facts.size(node.outputs[0], affine.axis) != positions.size:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the channels that Slice keeps are not proven")
+    scale, shift = np.ones(whole), np.zeros(whole)
+    scale[positions], shift[positions] = affine.scale, affine.shift
+    return Step(carries=((0, Affine(scale, shift, affine.axis)),))
+
+
+def _slice_ranges(node: ir.Node, facts: Facts) -> Mapping[int, tuple[int, int, int]] | None:
+    starts, ends = _integers(node, "starts", 1, facts), _integers(node, "ends", 2, facts)
+    if starts is None or ends is None or len(starts) != len(ends):
+        return None
+    axes, steps = _integers(node, "axes", 3, facts), _integers(node, "steps", 4, facts)
+    for position, found in ((3, axes), (4, steps)):
+        if found is None and len(node.inputs) > position and node.inputs[position] is not None:
+            return None
+    axes = list(range(len(starts))) if axes is None else axes
+    steps = [1] * len(starts) if steps is None else steps
+    if min(steps, default=1) < 1:
+        return None
+    return {
+        axis: (start, end, step) for axis, start, end, step in zip(axes, starts, ends, steps, strict=True)
+    }
+
+
+def _within(part: Affine, start: int, whole: int) -> Affine:
+    """Return the map that is `part` from the channel `start` on, and the identity elsewhere."""
+    scale, shift = np.ones(whole), np.zeros(whole)
+    scale[start : start + part.scale.size] = part.scale
+    shift[start : start + part.scale.size] = part.shift
+    return Affine(scale, shift, part.axis)
+
+
+def pad(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Pad of other axes than the channels': with zeros only a scale passes, with repetitions every map."""
+    if affine.axis is not None:
+        pads = _integers(node, "pads", 1, facts)
+        rank = facts.rank(node.inputs[0])
+        if pads is None or rank is None:
+            return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the axes of Pad are unknown")
+        axes = _integers(node, "axes", 3, facts)
+        if axes is None and len(node.inputs) > 3 and node.inputs[3] is not None:
+            return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the axes of Pad are unknown")
+        padded = [axis % rank for axis in (range(rank) if axes is None else axes)]
+        if len(pads) != 2 * len(padded):
+            return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the axes of Pad are unknown")
+        around = zip(padded, pads[: len(padded)], pads[len(padded) :], strict=True)
+        if any(axis == affine.axis and (first or last) for axis, first, last in around):
+            return Refusal(Reason.CHANNEL_AXIS, "Pad adds channels")
+    if attribute(node, "mode", "constant") == "constant":
+        if not _pads_with_zero(node, facts):
+            return Refusal(Reason.PADDING, "Pad fills in a value other than zero")
+        if not affine.keeps_zero:
+            return Refusal(Reason.PADDING, "Pad fills in zeros, which a shift does not reach")
+    return Step(carries=((0, affine),))
+
+
+def _pads_with_zero(node: ir.Node, facts: Facts) -> bool:
+    if facts.opset(node) < 11:
+        return float(attribute(node, "value", 0.0)) == 0.0
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    if value is None:
+        return True
+    array = facts.constant(value)
+    return array is not None and not array.any()
+
+
+def add(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Add, Sum and Sub of computed values: the scale goes to every operand, the shift to one of them."""
+    if facts.opset(node) < 8 and (node.op_type == "Sum" or facts.opset(node) < 7):
+        # Before these versions operands are not broadcast, or in another way.
+        return Refusal(Reason.AMBIGUOUS_BROADCAST, f"{node.op_type} of opset {facts.opset(node)}")
+    operands = [_operand(node, at, affine, facts) for at in range(len(node.inputs))]
+    for operand in operands:
+        if isinstance(operand, Refusal):
+            return operand
+    maps = [operand for operand in operands if isinstance(operand, Affine)]
+    if affine.keeps_zero:
+        return Step(carries=tuple(enumerate(maps)))
+    steps: list[Step] = []
+    for at in range(len(maps)):
+        carries = [(other, carry.only_scale()) for other, carry in enumerate(maps)]
+        sign = -1.0 if node.op_type == "Sub" and at == 1 else 1.0
+        carries[at] = (at, Affine(maps[at].scale, sign * maps[at].shift, maps[at].axis))
+        steps.append(Step(carries=tuple(carries)))
+    return _first_of(steps)
+
+
+def multiply(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Mul and Div of computed values: a scale goes to either factor, or to what is divided."""
+    if facts.opset(node) < 7:
+        return Refusal(Reason.AMBIGUOUS_BROADCAST, f"{node.op_type} of opset {facts.opset(node)}")
+    if not affine.keeps_zero:
+        return Refusal(Reason.SHIFT_STAYS, f"a shift does not pass {node.op_type} of two computed values")
+    steps: list[Step] = []
+    refusal: Refusal | None = None
+    for at in (0, 1) if node.op_type == "Mul" else (0,):
+        operand = _operand(node, at, affine, facts)
+        if isinstance(operand, Refusal):
+            refusal = refusal or operand
+        else:
+            steps.append(Step(carries=((at, operand),)))
+    return _first_of(steps) if steps else refusal or Refusal(Reason.NO_LINEAR_PRODUCER, f"it follows {node.op_type}")
+
+
+def _operand(node: ir.Node, at: int, affine: Affine, facts: Facts) -> Affine | Refusal:
+    """Return the map along the axis that the channels have in one operand of a broadcasting operator."""
+    if affine.axis is None:
+        return affine
+    rank, own = facts.rank(node.outputs[0]), facts.rank(node.inputs[at])
+    axis = None if rank is None or own is None else affine.axis - (rank - own)
+    if axis is None or axis < 0 or facts.size(node.inputs[at], axis) != affine.scale.size:
+        return Refusal(
+            Reason.CHANNEL_AXIS_UNPROVEN,
+            f"{_name(node.inputs[at])}, an operand of {node.op_type}, is not proven to have {affine.scale.size} channels",
+        )
+    return affine.along(axis)
+
+
+BACKWARD: dict[str, Rule] = {
+    "Add": add,
+    "AveragePool": average_pool,
+    "Cast": cast,
+    "Clip": clip,
+    "Concat": concat,
+    "Conv": conv,
+    "ConvTranspose": conv_transpose,
+    "Div": multiply,
+    "Dropout": dropout,
+    "Gemm": gemm,
+    "GlobalAveragePool": global_average_pool,
+    "GlobalMaxPool": max_pool,
+    "Identity": same,
+    "InstanceNormalization": normalization,
+    "LayerNormalization": normalization,
+    "LeakyRelu": relu,
+    "MatMul": matmul,
+    "MaxPool": max_pool,
+    "Mul": multiply,
+    "PRelu": relu,
+    "Pad": pad,
+    "ReduceMax": reduce_max,
+    "ReduceMean": reduce_mean,
+    "ReduceMin": reduce_max,
+    "Relu": relu,
+    "Resize": resize,
+    "Slice": slice_,
+    "Split": split,
+    "Sub": add,
+    "Sum": add,
+    "Upsample": resize,
+}
+
+
+def _weight_and_bias(
+    node: ir.Node, facts: Facts, *, weight_rank: int = 2, bias_rank: int | None = 1
+) -> tuple[Array, Array | None] | Refusal:
+    """Read inputs 1 and 2. An absent bias is a missing input, or one with an empty name."""
+    inputs: list[ir.Value | None] = [*node.inputs, None, None]
+    weight = facts.constant(inputs[1])
+    if weight is None:
+        return unavailable(facts, inputs[1], f"the weight of {node.op_type}", parameter=False)
+    if not is_supported(weight.dtype):
+        return _unsupported(weight, f"the weight of {node.op_type}")
+    if weight.ndim < weight_rank:
+        return Refusal(Reason.PARAMETER_SHAPE, f"the weight of {node.op_type} is not a matrix")
+    if inputs[2] is None:
+        return weight, None
+    bias = facts.constant(inputs[2])
+    if bias is None:
+        return unavailable(facts, inputs[2], f"the bias of {node.op_type}", parameter=False)
+    if bias.dtype != weight.dtype:
+        return Refusal(Reason.TYPE_MISMATCH, f"the weight is {weight.dtype} but the bias is {bias.dtype}")
+    if bias_rank is not None and bias.ndim != bias_rank:
+        return _wrong_bias(bias, None)
+    return weight, bias
+
+
+def _absorb(
+    node: ir.Node,
+    affine: Affine,
+    weight: Array,
+    scaled: Float64,
+    bias: Array | None,
+    *,
+    gain: float = 1.0,
+    attributes: Mapping[str, int | None] | None = None,
+) -> Step:
+    """Make the step in which a linear operator takes up the whole map."""
+    constants: dict[int, Array] = {}
+    if not affine.keeps_scale:
+        constants[1] = round_to(scaled, weight.dtype, "the folded weight")
+    if bias is None and affine.keeps_zero:
+        return Step((Rewrite(node, constants),))
+    channels = affine.scale.size
+    if bias is not None and bias.shape[-1:] not in ((), (1,), (channels,)):
+        raise FoldError(Reason.PARAMETER_SHAPE, _wrong_bias(bias, channels).detail)
+    constants[2] = round_to(map_bias(bias, affine, gain), weight.dtype, "the folded bias")
+    return Step((Rewrite(node, constants, attributes=attributes or {}),))
+
+
+def _first_of(steps: Sequence[Step]) -> Step:
+    """Chain alternatives."""
+    step = steps[-1]
+    for earlier in reversed(steps[:-1]):
+        step = Step(earlier.rewrites, earlier.carries, earlier.extra, step)
+    return step
+
+
+def _monotone(node: ir.Node, affine: Affine) -> Step | Refusal:
+    if (affine.scale < 0).any():
+        negative = int((affine.scale < 0).sum())
+        return Refusal(
+            Reason.NEGATIVE_SCALE,
+            f"{node.op_type} passes positive scales only, and {negative} of {affine.scale.size} are negative",
+        )
+    return Step(carries=((0, affine),))
+
+
+def _spatial(node: ir.Node, affine: Affine) -> Refusal | None:
+    """Refuse a map along one of the axes that a pooling is over."""
+    if affine.axis is not None and affine.axis > 1:
+        return Refusal(Reason.CHANNEL_AXIS, f"{node.op_type} is over axis {affine.axis}, that of the channels")
+    return None
+
+
+def _integers(node: ir.Node, name: str, position: int, facts: Facts) -> list[int] | None:
+    """Read a list that is an attribute in early opsets and an input in later ones; None if absent or unknown."""
+    values = attribute(node, name, None)
+    if values is None and len(node.inputs) > position:
+        array = facts.constant(node.inputs[position])
+        values = None if array is None else array.reshape(-1).tolist()
+    return None if values is None else [int(value) for value in values]
+
+
+def _wrong_bias(bias: Array, channels: int | None) -> Refusal:
+    return Refusal(Reason.PARAMETER_SHAPE, f"the bias has shape {bias.shape}, the operator {channels} channels")
+
+
+def _unsupported(array: Array, what: str) -> Refusal:
+    return Refusal(Reason.UNSUPPORTED_DTYPE, f"{what} is {array.dtype}")
+
+
+def _name(value: ir.Value | None) -> str:
+    return repr(value.name) if value is not None and value.name else "(unnamed)"
