@@ -1,7 +1,626 @@
-"""One function per operator: how a map that comes before it passes forward through it."""
+"""One function per operator: how a map that comes before it passes forward through it.
+
+The operator was given ``a x + b`` at one input and is to be given ``x`` there. Linear operators
+absorb the map into their weights. Others let it pass: what they make of ``x`` is then followed by a
+map again. `steps` says what a rule may rely on. To teach pybn another operator, write its rule and
+add it to `FORWARD`.
+"""
 
 from __future__ import annotations
 
-from pybn.folding.steps import Rule
+import math
+from collections.abc import Sequence
+from typing import Any
 
-FORWARD: dict[str, Rule] = {}
+import numpy as np
+import onnx_ir as ir
+
+from pybn.folding import axes, backward
+from pybn.folding.affine import Affine, Array, Float64, is_supported, round_to
+from pybn.folding.graph import Facts, attribute, unavailable
+from pybn.folding.reasons import Reason, Refusal
+from pybn.folding.sources import chain_constant
+from pybn.folding.steps import AttributeValue, Insert, Rewrite, Rule, Step
+from pybn.folding.weights_forward import (
+    Window,
+    absorb_conv,
+    absorb_conv_transpose,
+    absorb_matrix,
+    conv_reach,
+    conv_transpose_reach,
+    data_share,
+    same_padding,
+)
+
+# Since this opset Max and Min broadcast; since the other they take bfloat16.
+BROADCASTING_MAX = 8
+BFLOAT16_MAX = 13
+
+# Casts that change no value that the narrower type can hold.
+WIDENING_CASTS = frozenset(
+    {
+        ("float16", "float32"),
+        ("float16", "float64"),
+        ("bfloat16", "float32"),
+        ("bfloat16", "float64"),
+        ("float32", "float64"),
+    }
+)
+
+
+# Linear operators
+
+
+def conv(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Conv: ``W'[o, i] = a[i] W[o, i]``, ``c' = c + sum W b``, or a map of the borders if it is padded."""
+    weight = _weight(node, index, facts)
+    if isinstance(weight, Refusal):
+        return weight
+    groups = int(attribute(node, "group", 1))
+    if weight.ndim < 3 or groups < 1 or weight.shape[0] % groups:
+        return _wrong_weight(node, weight)
+    affine = affine.over(weight.shape[1] * groups, 1)
+    kernel = weight.shape[2:]
+    if affine.keeps_zero:
+        reaches: Sequence[Float64] = [np.ones((taps, 1)) for taps in kernel]
+    else:
+        windows = _windows(node, kernel, facts)
+        if isinstance(windows, Refusal):
+            return windows
+        sizes = _spatial_sizes(node.inputs[0], len(kernel), facts)
+        unknown = [axis for axis, window in enumerate(windows) if window.is_padded and sizes[axis] is None]
+        if unknown:
+            return _unknown_border(node, unknown[0])
+        reaches = [conv_reach(window, size) for window, size in zip(windows, sizes, strict=True)]
+    scaled, added = absorb_conv(weight, affine, groups, reaches)
+    return _with_added(node, weight, scaled, added, facts)
+
+
+def conv_transpose(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """ConvTranspose: as Conv; it is as if padded with zeros, so a shift needs a map of the output."""
+    weight = _weight(node, index, facts)
+    if isinstance(weight, Refusal):
+        return weight
+    groups = int(attribute(node, "group", 1))
+    if weight.ndim < 3 or groups < 1 or weight.shape[0] % groups:
+        return _wrong_weight(node, weight)
+    affine = affine.over(weight.shape[0], 1)
+    kernel = weight.shape[2:]
+    if affine.keeps_zero:
+        reaches: Sequence[Float64] = [np.ones((taps, 1)) for taps in kernel]
+    else:
+        if "output_shape" in node.attributes or attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+            return Refusal(Reason.PADDING, "the output of ConvTranspose is given, and not its padding")
+        windows = _windows(node, kernel, facts)
+        if isinstance(windows, Refusal):
+            return windows
+        more = [int(n) for n in attribute(node, "output_padding", [0] * len(kernel))]
+        reaches = []
+        for axis, size in enumerate(_spatial_sizes(node.inputs[0], len(kernel), facts)):
+            if windows[axis] == Window(1) and not more[axis]:  # nothing happens along this axis
+                reaches.append(np.ones((1, 1)))
+            elif size is None:
+                return _unknown_border(node, axis)
+            else:
+                reaches.append(conv_transpose_reach(windows[axis], size, more[axis]))
+    scaled, added = absorb_conv_transpose(weight, affine, groups, reaches)
+    return _with_added(node, weight, scaled, added, facts)
+
+
+def gemm(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Gemm, ``alpha A B + beta C``: ``B' = a B``, ``C' = beta C + alpha b^T B``, and beta becomes 1."""
+    weight = _weight(node, index, facts)
+    if isinstance(weight, Refusal):
+        return weight
+    if weight.ndim != 2:
+        return _wrong_weight(node, weight)
+    axis = 1 if attribute(node, "transB", 0) else 0
+    affine = affine.over(weight.shape[axis], 0 if attribute(node, "transA", 0) else 1)
+    scaled, added = absorb_matrix(weight, affine, axis)
+    constants = {1: round_to(scaled, weight.dtype, "the folded weight")}
+    if not added.any():
+        return Step((Rewrite(node, constants),))
+    if facts.opset(node) < 7:
+        return Refusal(Reason.OLD_OPSET, "before opset 7 the bias of Gemm had another kind of broadcasting")
+    bias = _bias(node, weight, facts)
+    if isinstance(bias, Refusal):
+        return bias
+    total = float(attribute(node, "alpha", 1.0)) * added
+    if bias is not None:
+        total = float(attribute(node, "beta", 1.0)) * bias.astype(np.float64) + total
+    constants[2] = round_to(total, weight.dtype, "the folded bias")
+    return Step((Rewrite(node, constants, attributes={"beta": None}),))
+
+
+def matmul(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """MatMul with a constant matrix: ``W' = a W``; the shift ``b W`` travels on, to the Add of a linear layer."""
+    weight = _weight(node, index, facts)
+    if isinstance(weight, Refusal):
+        return weight
+    rank = facts.rank(node.inputs[0])
+    if weight.ndim != 2 or (rank is not None and rank < 2):
+        return _wrong_weight(node, weight)
+    if rank is None:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the rank of MatMul's left operand is unknown")
+    scaled, added = absorb_matrix(weight, affine.over(weight.shape[0], rank - 1), 0)
+    constants = {1: round_to(scaled, weight.dtype, "the folded weight")}
+    if not added.any():
+        return Step((Rewrite(node, constants),))
+    bias = round_to(added, weight.dtype, "the folded bias")
+    if rank == 2 and facts.opset(node) >= 7:
+        otherwise = Step((Rewrite(node, {**constants, 2: bias}, op_type="Gemm"),))
+    else:
+        otherwise = Step((Rewrite(node, constants, after=(Insert("Add", (bias,)),)),))
+    onward = Affine(np.ones_like(added), added, rank - 1)
+    return Step((Rewrite(node, constants),), ((0, onward),), otherwise=otherwise)
+
+
+# Activations
+
+
+def relu(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Relu: a positive scale passes; any map does if Relu becomes Max, or Min where the scale is negative."""
+    if affine.keeps_zero and (affine.scale >= 0).all():
+        return Step(carries=((0, affine),))
+    return _bounded(node, affine, 0.0, math.inf, facts)
+
+
+def clip(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Clip: with bounds mapped back, as long as they are the same for every channel; else Max and Min."""
+    if index != 0:
+        return _not_data(node)
+    bounds = _clip_bounds(node, facts)
+    if isinstance(bounds, Refusal):
+        return bounds
+    return _bounded(node, affine, *bounds, facts)
+
+
+def leaky_relu(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """LeakyRelu: a positive scale passes; a channel of scale 0 is a constant."""
+    slope = float(attribute(node, "alpha", 0.01))
+    value = np.where(affine.shift >= 0, affine.shift, slope * affine.shift)
+    return _positive_scale_only(
+        node, Affine(affine.scale, np.where(affine.scale == 0, value, affine.shift), affine.axis)
+    )
+
+
+def prelu(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """PRelu: a positive scale passes, whatever the slopes; a channel of scale 0 if it is not negative."""
+    if index != 0:
+        return _not_data(node)
+    if ((affine.scale == 0) & (affine.shift < 0)).any():
+        return Refusal(Reason.SHIFT_STAYS, "a negative constant channel does not pass PRelu")
+    return _positive_scale_only(node, affine)
+
+
+def _positive_scale_only(node: ir.Node, affine: Affine) -> Step | Refusal:
+    if (affine.scale < 0).any():
+        return Refusal(Reason.NEGATIVE_SCALE, f"only positive scales pass {node.op_type}")
+    if affine.shift[affine.scale != 0].any():
+        return Refusal(Reason.SHIFT_STAYS, f"only a scale passes {node.op_type}")
+    return Step(carries=((0, affine),))
+
+
+def _bounded(node: ir.Node, affine: Affine, low: float, high: float, facts: Facts) -> Step | Refusal:
+    """Pass a clamp to ``[low, high]``: ``clamp(a x + b) = a clamp'(x) + b``, the bounds mapped back by the map.
+
+    Where ``a < 0`` the bounds change places; where ``a = 0`` the output is a constant.
+    """
+    dtype = facts.dtype(node.inputs[0])
+    if dtype is None or not is_supported(dtype):
+        return Refusal(Reason.TYPE_MISMATCH, f"the type of {node.op_type}'s data is unknown")
+    largest = float(ir.DataType.from_numpy(dtype).max)
+    negative, constant = affine.scale < 0, affine.scale == 0
+    with np.errstate(over="ignore"):  # beyond what the type can hold is dealt with below
+        divisor = np.where(constant, 1.0, affine.scale)
+        from_low, from_high = (low - affine.shift) / divisor, (high - affine.shift) / divisor
+    lower, upper = np.where(negative, from_high, from_low), np.where(negative, from_low, from_high)
+    # A bound that no number of the type reaches leaves a constant on one side, and is none on the other.
+    always_lower, always_upper = ~constant & (lower > largest), ~constant & (upper < -largest)
+    scale = np.where(always_lower | always_upper, 0.0, affine.scale)
+    shift = np.where(constant, np.clip(affine.shift, low, high), affine.shift)
+    shift = np.where(always_lower, np.where(negative, high, low), shift)
+    shift = np.where(always_upper, np.where(negative, low, high), shift)
+    onward = Affine(scale, shift, affine.axis)
+    # A constant channel needs no bounds.
+    lower = np.where(scale == 0, -largest, np.clip(lower, -largest, largest))
+    upper = np.where(scale == 0, largest, np.clip(upper, -largest, largest))
+    return _clamp(node, onward, lower, upper, largest, dtype, facts)
+
+
+def _clamp(
+    node: ir.Node, onward: Affine, lower: Float64, upper: Float64, largest: float, dtype: np.dtype[Any], facts: Facts
+) -> Step | Refusal:
+    """Make a Relu or Clip one with these bounds per channel."""
+    lower, upper = (round_to(bound, dtype, "a bound").astype(np.float64) for bound in (lower, upper))
+    carries = ((0, onward),)
+    opset = facts.opset(node)
+    is_uniform = bool((lower == lower[0]).all() and (upper == upper[0]).all())
+    if node.op_type == "Clip" and is_uniform and opset >= 11:  # before, the bounds were attributes
+        pair = (lower[0], -largest), (upper[0], largest)
+        bounds = {at: None if b == absent else np.asarray(b, dtype) for at, (b, absent) in enumerate(pair, start=1)}
+        return Step((Rewrite(node, bounds),), carries)
+    # Max and Min take the data and one constant, Clip up to two, which have to go.
+    rest = dict.fromkeys(range(1, len(node.inputs)))
+    without_bounds: dict[str, AttributeValue] = {name: None for name in ("min", "max") if name in node.attributes}
+    needed = [
+        (op_type, chain_constant(bound, onward, facts.rank(node.inputs[0]), dtype))
+        for op_type, bound, absent in (("Max", lower, -largest), ("Min", upper, largest))
+        if (bound != absent).any()
+    ]
+    if not needed:
+        if node.op_type == "Relu":  # all channels are constants, which are not negative
+            return Step(carries=carries)
+        return Step((Rewrite(node, rest, op_type="Identity", attributes=without_bounds),), carries)
+    if opset < (BFLOAT16_MAX if dtype.name == "bfloat16" else BROADCASTING_MAX):
+        return Refusal(Reason.OLD_OPSET, f"{needed[0][0]} of opset {opset} does not broadcast {dtype.name}")
+    (op_type, constant), *more = needed
+    after = tuple(Insert(other, (bound,)) for other, bound in more)
+    rewrite = Rewrite(node, {**rest, 1: constant}, op_type=op_type, attributes=without_bounds, after=after)
+    return Step((rewrite,), carries, extra=1)
+
+
+def _clip_bounds(node: ir.Node, facts: Facts) -> tuple[float, float] | Refusal:
+    """Read the bounds, which are attributes before opset 11 and inputs since."""
+    bounds = []
+    for position, (name, absent) in enumerate((("min", -math.inf), ("max", math.inf)), start=1):
+        value = node.inputs[position] if position < len(node.inputs) else None
+        if value is None:
+            bounds.append(float(attribute(node, name, absent)))
+            continue
+        constant = facts.constant(value)
+        if constant is None:
+            return unavailable(facts, value, "a bound of Clip", parameter=False)
+        if constant.size != 1:
+            return Refusal(Reason.PARAMETER_SHAPE, f"a bound of Clip has shape {constant.shape}")
+        bounds.append(float(constant.reshape(())))
+    low, high = bounds
+    if not low <= high:  # nor if one is NaN
+        return Refusal(Reason.NOT_FINITE, f"the bounds of Clip are {low} and {high}")
+    return low, high
+
+
+# Pooling and resampling: averages of the data with weights that sum to 1, or the largest of it
+
+
+def max_pool(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """MaxPool: ``max(a x + b) = a max(x) + b`` for ``a >= 0``. Its padding is smaller than any data."""
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
+        return Refusal(Reason.EXTRA_OUTPUTS, "the indices that MaxPool returns are used")
+    if (affine.scale < 0).any():
+        return Refusal(Reason.NEGATIVE_SCALE, "MaxPool keeps the order only of positive scales")
+    return _over_windows(node, affine)
+
+
+def average_pool(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """AveragePool: every map passes; if it counts its padding, which stays 0, a shift needs a map of the borders."""
+    if not attribute(node, "count_include_pad", 0) or affine.keeps_zero:
+        return _over_windows(node, affine)
+    windows = _windows(node, attribute(node, "kernel_shape", ()), facts)
+    if isinstance(windows, Refusal):
+        return windows
+    if attribute(node, "ceil_mode", 0):
+        # Implementations differ in whether they count what lies beyond the padding.
+        return Refusal(Reason.PADDING, "AveragePool rounds its size up and counts its padding")
+    if not any(window.is_padded for window in windows):
+        return _over_windows(node, affine)
+    if affine.shift[affine.scale == 0].any():
+        return Refusal(Reason.SHIFT_STAYS, "a constant channel does not pass the padding of AveragePool")
+    passed = _over_windows(node, affine)
+    dtype, channels = facts.dtype(node.inputs[0]), facts.size(node.inputs[0], 1)
+    if isinstance(passed, Refusal):
+        return passed
+    if dtype is None or not is_supported(dtype) or channels is None:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the type or channels of AveragePool's data are unknown")
+    sizes = _spatial_sizes(node.inputs[0], len(windows), facts)
+    unknown = [axis for axis, window in enumerate(windows) if window.is_padded and sizes[axis] is None]
+    if unknown:
+        return _unknown_border(node, unknown[0])
+    # a (avg(x) + share b / a), where share is how much of a window is data.
+    affine = affine.over(channels, 1)
+    added = affine.shift / np.where(affine.scale == 0, 1.0, affine.scale)
+    for window, size in zip(windows, sizes, strict=True):
+        added = np.multiply.outer(
+            added, data_share(window, size) if window.is_padded and size is not None else np.ones(1)
+        )
+    insert = Insert("Add", (round_to(added[None], dtype, "the map of the borders"),))
+    return Step((Rewrite(node, after=(insert,)),), ((0, affine.only_scale()),))
+
+
+def reduce_mean(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """ReduceMean: every map passes, unless the mean is over its channels."""
+    if index != 0:
+        return _not_data(node)
+    moved = _after_reduction(node, affine, facts)
+    return moved if isinstance(moved, Refusal) else Step(carries=((0, moved),))
+
+
+def reduce_max(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """ReduceMax and ReduceMin: as ReduceMean, for ``a >= 0``."""
+    if (affine.scale < 0).any():
+        return Refusal(Reason.NEGATIVE_SCALE, f"{node.op_type} keeps the order only of positive scales")
+    return reduce_mean(node, index, affine, facts)
+
+
+def _after_reduction(node: ir.Node, affine: Affine, facts: Facts) -> Affine | Refusal:
+    """Find the channel axis among those that the reduction leaves."""
+    if affine.axis is None:
+        return affine
+    rank, listed = facts.rank(node.inputs[0]), _listed(node, "axes", 1, facts)
+    if rank is None or (listed is None and _input(node, 1) is not None):
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"the axes of {node.op_type} are unknown")
+    if listed:
+        reduced = {axis % rank for axis in listed}
+    else:
+        reduced = set() if attribute(node, "noop_with_empty_axes", 0) else set(range(rank))
+    if affine.axis in reduced:
+        return Refusal(Reason.CHANNEL_AXIS, f"{node.op_type} is over axis {affine.axis}, which holds the channels")
+    removed = 0 if attribute(node, "keepdims", 1) else sum(axis < affine.axis for axis in reduced)
+    return affine.along(affine.axis - removed)
+
+
+def _over_windows(node: ir.Node, affine: Affine) -> Step | Refusal:
+    """Pass a map over the channels of a pooling operator, if there is data in every window."""
+    if affine.axis not in (None, 0, 1):
+        return _wrong_axis(node, affine)
+    rank = len(attribute(node, "kernel_shape", ()))
+    strides, dilations, pads = (
+        attribute(node, name, [default] * count)
+        for name, default, count in (("strides", 1, rank), ("dilations", 1, rank), ("pads", 0, 2 * rank))
+    )
+    for axis, kernel in enumerate(attribute(node, "kernel_shape", ())):
+        begin, end = pads[axis], pads[rank + axis]
+        # A dilated kernel may hold the data between two of its taps, and one that is rounded up may begin after it.
+        skips = dilations[axis] > 1 and (
+            begin or end or attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+        )
+        beyond = begin >= kernel or end >= kernel or (attribute(node, "ceil_mode", 0) and end + strides[axis] > kernel)
+        if skips or beyond:
+            return Refusal(Reason.PADDING, f"a window of {node.op_type} may hold nothing but padding")
+    return Step(carries=((0, affine),))
+
+
+# Joining and cutting
+
+
+def concat(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Concat along the channels: the map goes on over those of this operand, and the others stay as they are."""
+    rank = facts.rank(node.outputs[0])
+    if rank is None:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the rank of Concat's result is unknown")
+    axis = int(attribute(node, "axis", 1)) % rank
+    if affine.axis not in (None, axis):
+        return Refusal(Reason.CHANNEL_AXIS, f"Concat joins along axis {axis}, the channels are in axis {affine.axis}")
+    sizes = [facts.size(value, axis) for value in node.inputs]
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes):
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "not all operands of Concat have a known number of channels")
+    parts = [affine if position == index else Affine.everywhere(1.0) for position in range(len(sizes))]
+    return Step(carries=((0, Affine.joined(parts, known, axis)),))
+
+
+def split(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Split along the channels: each output gets its part of the map."""
+    if index != 0:
+        return _not_data(node)
+    rank = facts.rank(node.inputs[0])
+    if rank is None:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the rank of Split's data is unknown")
+    axis = int(attribute(node, "axis", 0)) % rank
+    if affine.axis != axis:
+        return Step(carries=tuple((position, affine) for position in range(len(node.outputs))))
+    sizes = [facts.size(output, axis) for output in node.outputs]
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes) or sum(known) != affine.scale.size:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the outputs of Split are not known to share the channels")
+    parts = (affine.part(sum(known[:at]), sum(known[: at + 1])) for at in range(len(known)))
+    return Step(carries=tuple(enumerate(parts)))
+
+
+def slice_(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Slice: the map is cut as the data is."""
+    if index != 0:
+        return _not_data(node)
+    if affine.axis is None:
+        return Step(carries=((0, affine),))
+    rank, channels = facts.rank(node.inputs[0]), affine.scale.size
+    starts, ends, listed, steps = (
+        _listed(node, name, position, facts)
+        for position, name in enumerate(("starts", "ends", "axes", "steps"), start=1)
+    )
+    if rank is None or starts is None or ends is None or (listed is None and _input(node, 3) is not None):
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "where Slice begins and ends is not known")
+    axes_ = [axis % rank for axis in listed] if listed is not None else list(range(len(starts)))
+    if affine.axis not in axes_:
+        return Step(carries=((0, affine),))
+    if steps is None and _input(node, 4) is not None:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the step of Slice is not known")
+    at = axes_.index(affine.axis)
+    # NumPy's slices mean the same as ONNX's.
+    kept = np.arange(channels)[starts[at] : ends[at] : steps[at] if steps is not None else 1]
+    if facts.size(node.inputs[0], affine.axis) != channels or kept.size == 0:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"which of the {channels} channels Slice takes is not proven")
+    return Step(carries=((0, Affine(affine.scale[kept], affine.shift[kept], affine.axis)),))
+
+
+def add(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Add of two operands: a shift of one is a shift of the sum."""
+    if not affine.keeps_scale:
+        return Refusal(Reason.NO_LINEAR_CONSUMER, "only a shift of one operand passes Add")
+    if affine.axis is None:
+        return Step(carries=((0, affine),))
+    rank, result_rank = facts.rank(node.inputs[index]), facts.rank(node.outputs[0])
+    if rank is None or result_rank is None:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the ranks of Add's operands are unknown")
+    axis = affine.axis + result_rank - rank
+    if facts.size(node.outputs[0], axis) != affine.scale.size:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"axis {axis} of Add is not proven to be the channels")
+    return Step(carries=((0, affine.along(axis)),))
+
+
+def cast(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+    """Cast to a wider float type: every map passes."""
+    before, after = facts.dtype(node.inputs[0]), facts.dtype(node.outputs[0])
+    if before is None or after is None:
+        return Refusal(Reason.TYPE_MISMATCH, "the types of Cast are unknown")
+    if before != after and (before.name, after.name) not in WIDENING_CASTS:
+        # What comes before a map may be far larger than what comes after it.
+        return Refusal(Reason.NARROWER_TYPE, f"Cast goes from {before.name} to {after.name}")
+    return Step(carries=((0, affine),))
+
+
+def _either_way(rule: Rule) -> Rule:
+    """Make a forward rule of a backward one that leaves the node and the map as they are."""
+
+    def forward(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
+        return rule(node, 0, affine, facts) if index == 0 else _not_data(node)
+
+    return forward
+
+
+FORWARD: dict[str, Rule] = {
+    "Add": add,
+    "AveragePool": average_pool,
+    "Cast": cast,
+    "Clip": clip,
+    "Concat": concat,
+    "Conv": conv,
+    "ConvTranspose": conv_transpose,
+    "Dropout": _either_way(backward.dropout),
+    "Gemm": gemm,
+    "GlobalAveragePool": _either_way(backward.global_average_pool),
+    "GlobalMaxPool": _either_way(backward.max_pool),
+    "Identity": _either_way(backward.same),
+    "LeakyRelu": leaky_relu,
+    "MatMul": matmul,
+    "MaxPool": max_pool,
+    "PRelu": prelu,
+    "Pad": _either_way(backward.pad),
+    "ReduceMax": reduce_max,
+    "ReduceMean": reduce_mean,
+    "ReduceMin": reduce_max,
+    "Relu": relu,
+    "Resize": _either_way(backward.resize),
+    "Slice": slice_,
+    "Split": split,
+    "Upsample": _either_way(backward.resize),
+    **axes.FORWARD,
+}
+
+
+# Reading nodes
+
+
+def _input(node: ir.Node, position: int) -> ir.Value | None:
+    return node.inputs[position] if position < len(node.inputs) else None
+
+
+def _weight(node: ir.Node, index: int, facts: Facts) -> Array | Refusal:
+    """Read the weight of a linear operator whose data is its first input."""
+    if index != 0:
+        return _not_data(node)
+    value = _input(node, 1)
+    weight = facts.constant(value)
+    if weight is None:
+        return unavailable(facts, value, f"the weight of {node.op_type}", parameter=False)
+    if not is_supported(weight.dtype):
+        return Refusal(Reason.UNSUPPORTED_DTYPE, f"the weight of {node.op_type} is {weight.dtype}")
+    return weight
+
+
+def _bias(node: ir.Node, weight: Array, facts: Facts) -> Array | Refusal | None:
+    """Read the bias, if there is one. An absent one is a missing input, or one with an empty name."""
+    value = _input(node, 2)
+    if value is None:
+        return None
+    bias = facts.constant(value)
+    if bias is None:
+        return unavailable(facts, value, f"the bias of {node.op_type}", parameter=False)
+    if bias.dtype != weight.dtype:
+        return Refusal(Reason.TYPE_MISMATCH, f"the weight is {weight.dtype} but the bias is {bias.dtype}")
+    return bias
+
+
+def _with_added(node: ir.Node, weight: Array, scaled: Float64, added: Float64, facts: Facts) -> Step | Refusal:
+    """Give a convolution its scaled weight, and what is to be added to its output: a bias or a map."""
+    constants = {1: round_to(scaled, weight.dtype, "the folded weight")}
+    if not added.any():
+        return Step((Rewrite(node, constants),))
+    if added.size > added.shape[0]:
+        sizes = _spatial_sizes(node.outputs[0], added.ndim - 1, facts)
+        if any(
+            size not in (1, known, None) and known is not None
+            for size, known in zip(added.shape[1:], sizes, strict=True)
+        ):
+            return Refusal(Reason.PADDING, f"the output of {node.op_type} has another size than its padding makes")
+        border = Insert("Add", (round_to(added[None], weight.dtype, "the map of the borders"),))
+        return Step((Rewrite(node, constants, after=(border,)),))
+    bias = _bias(node, weight, facts)
+    if isinstance(bias, Refusal):
+        return bias
+    total = added.reshape(-1)
+    if bias is not None:
+        if bias.shape != total.shape:
+            return Refusal(Reason.PARAMETER_SHAPE, f"the bias of {node.op_type} has shape {bias.shape}")
+        total = total + bias.astype(np.float64)
+    constants[2] = round_to(total, weight.dtype, "the folded bias")
+    return Step((Rewrite(node, constants),))
+
+
+def _windows(node: ir.Node, kernel: Sequence[int], facts: Facts) -> list[Window] | Refusal:
+    """Read how a convolution or pooling operator walks along its spatial axes, and how it is padded."""
+    rank = len(kernel)
+    declared = attribute(node, "kernel_shape", kernel)
+    strides, dilations, pads = (
+        attribute(node, name, [default] * count)
+        for name, default, count in (("strides", 1, rank), ("dilations", 1, rank), ("pads", 0, 2 * rank))
+    )
+    lengths_fit = (len(strides), len(dilations), len(pads)) == (rank, rank, 2 * rank)
+    if not lengths_fit or tuple(declared) != tuple(kernel) or min(*strides, *dilations, 1) < 1 or min(pads) < 0:
+        return Refusal(Reason.PARAMETER_SHAPE, f"the attributes of {node.op_type} contradict its weight or each other")
+    auto_pad = attribute(node, "auto_pad", "NOTSET")
+    windows = []
+    for axis, size in enumerate(_spatial_sizes(node.inputs[0], rank, facts)):
+        window = Window(int(kernel[axis]), int(strides[axis]), int(dilations[axis]))
+        begin, end = (pads[axis], pads[rank + axis]) if auto_pad in ("NOTSET", "") else (0, 0)
+        if auto_pad.startswith("SAME") and window.extent > 1:
+            if size is None:
+                return _unknown_border(node, axis)
+            begin, end = same_padding(size, window, upper=auto_pad == "SAME_UPPER")
+        windows.append(Window(window.kernel, window.stride, window.dilation, int(begin), int(end)))
+    return windows
+
+
+def _spatial_sizes(value: ir.Value | None, rank: int, facts: Facts) -> list[int | None]:
+    """Return the lengths of the axes after batch and channels, None where they are not proven."""
+    return [facts.size(value, 2 + axis) for axis in range(rank)]
+
+
+def _listed(node: ir.Node, name: str, position: int, facts: Facts) -> list[int] | None:
+    """Return numbers that are an attribute in old opsets and an input in new ones."""
+    numbers = attribute(node, name, None)
+    if numbers is None:
+        numbers = facts.constant(_input(node, position))
+    return None if numbers is None else [int(number) for number in np.ravel(numbers)]
+
+
+# Refusals
+
+
+def _not_data(node: ir.Node) -> Refusal:
+    return Refusal(Reason.NO_LINEAR_CONSUMER, f"it is not the data of {node.op_type}, but one of its parameters")
+
+
+def _wrong_weight(node: ir.Node, weight: Array) -> Refusal:
+    return Refusal(Reason.PARAMETER_SHAPE, f"the weight of {node.op_type} has shape {weight.shape}")
+
+
+def _wrong_axis(node: ir.Node, affine: Affine) -> Refusal:
+    return Refusal(Reason.CHANNEL_AXIS, f"{node.op_type} works along axis {affine.axis}, which holds the channels")
+
+
+def _unknown_border(node: ir.Node, axis: int) -> Refusal:
+    return Refusal(
+        Reason.PADDING,
+        f"{node.op_type} pads spatial axis {axis} with zeros, which a shift does not keep, and its length is not known",
+    )

@@ -84,9 +84,9 @@ class Rewrite:
     ----------
     node : ir.Node
         The node. Nothing else of the graph changes: a constant that has other uses is cloned.
-    constants : mapping of int to ndarray or Quantized
+    constants : mapping of int to ndarray, Quantized or None
         New constants by input position, in their final type. A position that the node does
-        not have yet is added.
+        not have yet is added; None takes away what is there.
     op_type : str or None
         Its new operator; None: the same.
     attributes : mapping
@@ -97,7 +97,7 @@ class Rewrite:
     """
 
     node: ir.Node
-    constants: Mapping[int, Array | Quantized] = field(default_factory=dict)
+    constants: Mapping[int, Array | Quantized | None] = field(default_factory=dict)
     op_type: str | None = None
     attributes: Mapping[str, AttributeValue] = field(default_factory=dict)
     after: tuple[Insert, ...] = ()
