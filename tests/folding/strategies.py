@@ -372,7 +372,7 @@ def resize(net: Net, x: str) -> str:
     array = np.array(factors, "float32")
     if net.opset == 10:
         return net.node("Resize", x, net.constant(array), mode="nearest")
-    how = net.draw(st.sampled_from(["half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel"]))
+    how = net.draw(st.sampled_from(["half_pixel", "asymmetric", "align_corners"]))
     roi = "" if net.opset >= 13 else net.constant(np.zeros(0, "float32"))
     attributes = {"mode": mode, "coordinate_transformation_mode": how}
     if net.draw(st.booleans()):
