@@ -68,33 +68,37 @@ def matmul(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Re
     """MatMul with a constant on either side: ``B' = a B`` along the last axis, or ``A' = a A`` along the one before.
 
     A shift needs the bias that Gemm has, or an Add where Gemm does not do: it takes matrices only.
-    With two computed operands a scale goes to the one that has its axis.
+    With two computed operands a scale goes to the one that brings in its axis.
     """
-    ranks = [facts.rank(value) for value in node.inputs]
-    rank = None if ranks[0] is None or ranks[1] is None else max(ranks[0], ranks[1])
-    if rank is not None and min(ranks[0] or 0, ranks[1] or 0) < 2:
+    arrays = [facts.constant(value) for value in node.inputs]
+    ranks = [
+        facts.rank(value) if array is None else array.ndim for value, array in zip(node.inputs, arrays, strict=True)
+    ]
+    known = [rank for rank in ranks if rank is not None]
+    if min(known, default=2) < 2:
         return Refusal(Reason.CHANNEL_AXIS, "MatMul of a vector has no axis of channels")
+    rank = max(known) if len(known) == 2 else None
     if rank is None and affine.axis is not None:
         return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the rank of MatMul's operands is unknown")
-    last = rank - 1 if rank is not None else None
-    sides = [side for side in (1, 0) if affine.axis is None or affine.axis == _matmul_axis(side, last)]
-    if not sides:
-        return Refusal(
-            Reason.CHANNEL_AXIS,
-            f"MatMul has rank {rank} and its features in the last axis, "
-            f"but the channels of the map are in axis {affine.axis}",
-        )
-    constant_sides = [side for side in sides if facts.constant(node.inputs[side]) is not None]
-    if not constant_sides:
-        return _matmul_of_computed(node, affine, sides, ranks, facts)
-    side = constant_sides[0]
-    weight = facts.constant(node.inputs[side])
+    # The right operand brings in the last axis, the left one that before.
+    sides = [side for side in (1, 0) if affine.axis is None or rank is None or affine.axis == rank - 2 + side]
+    side = next((side for side in sides if arrays[side] is not None), None)
+    if side is None:
+        if not sides or not affine.keeps_zero:
+            features = "in the last axis" if arrays[1] is not None else "of computed operands"
+            return Refusal(
+                Reason.CHANNEL_AXIS,
+                f"MatMul has rank {rank} and its features {features}, but the channels are in axis {affine.axis}",
+            )
+        # A scale of rows or columns, or of everything, is that of one operand.
+        axes = {at: None if ranks[at] is None else (ranks[at] or 0) - 2 + at for at in sides}
+        steps = [Step(carries=((at, affine if axis is None else affine.along(axis)),)) for at, axis in axes.items()]
+        return _first_of(steps)
+    weight = arrays[side]
     assert weight is not None
     if not is_supported(weight.dtype):
         return _unsupported(weight, "the weight of MatMul")
-    if weight.ndim < 2:
-        return Refusal(Reason.PARAMETER_SHAPE, "the weight of MatMul is not a matrix")
-    weight_axis = weight.ndim - 1 if side == 1 else weight.ndim - 2
+    weight_axis = weight.ndim - 2 + side
     features = weight.shape[weight_axis]
     per_channel = affine.over(features, affine.axis if affine.axis is not None else 0)
     constants: dict[int, Array] = {}
@@ -103,29 +107,14 @@ def matmul(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Re
         constants[side] = round_to(scaled, weight.dtype, "the folded weight")
     if affine.keeps_zero:
         return Step((Rewrite(node, constants),))
-    bias = round_to(per_channel.shift, weight.dtype, "the folded bias")
+    bias = round_to(affine.shift, weight.dtype, "the folded bias")
     if rank == 2 and side == 1 and facts.opset(node) >= 7:
-        return Step((Rewrite(node, {**constants, 2: bias}, "Gemm"),))
-    added = bias if side == 1 else bias.reshape(features, 1)
-    return Step((Rewrite(node, constants, after=(Insert("Add", (added,)),)),))
-
-
-def _matmul_axis(side: int, last: int | None) -> int | None:
-    """Return the axis of the product that an operand brings in."""
-    return None if last is None else last - (1 - side)
-
-
-def _matmul_of_computed(
-    node: ir.Node, affine: Affine, sides: Sequence[int], ranks: Sequence[int | None], facts: Facts
-) -> Step | Refusal:
-    if not affine.keeps_zero:
-        value = node.inputs[sides[0]]
-        return unavailable(facts, value, "the weight of MatMul", parameter=False)
-    carries: list[tuple[int, Affine]] = []
-    for side in sides:
-        rank = ranks[side]
-        carries.append((side, affine if rank is None else affine.along(rank - 2 + side)))
-    return _first_of([Step(carries=(carry,)) for carry in carries])
+        return Step((Rewrite(node, {**constants, 2: np.broadcast_to(bias, (features,)).copy()}, "Gemm"),))
+    if affine.axis is None:
+        bias = bias.reshape(())
+    elif side == 0:
+        bias = bias.reshape(features, 1)
+    return Step((Rewrite(node, constants, after=(Insert("Add", (bias,)),)),))
 
 
 def normalization(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
@@ -289,7 +278,8 @@ def clip(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refu
             return Refusal(Reason.NEGATIVE_SCALE, "the bounds of Clip would differ between channels")
         mapped.append(values[:1].reshape(()))
     if flips:
-        if (affine.scale > 0).any() or None in bounds:
+        low, high = bounds
+        if (affine.scale > 0).any() or low is None or high is None or low > high:
             return Refusal(Reason.NEGATIVE_SCALE, "a negative scale would swap the bounds of Clip")
         mapped.reverse()
     return Step((_with_bounds(node, mapped, as_inputs=as_inputs),), ((0, affine),))
@@ -329,7 +319,9 @@ def _resize_keeps(node: ir.Node, axis: int, facts: Facts) -> bool:
     if scales:
         return axis < len(scales) and scales[axis] == 1.0
     before, after = facts.size(node.inputs[0], axis), facts.size(node.outputs[0], axis)
-    return before is not None and before == after and attribute(node, "keep_aspect_ratio_policy", "stretch") == "stretch"
+    return (
+        before is not None and before == after and attribute(node, "keep_aspect_ratio_policy", "stretch") == "stretch"
+    )
 
 
 def concat(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
@@ -409,9 +401,7 @@ def _slice_ranges(node: ir.Node, facts: Facts) -> Mapping[int, tuple[int, int, i
     steps = [1] * len(starts) if steps is None else steps
     if min(steps, default=1) < 1:
         return None
-    return {
-        axis: (start, end, step) for axis, start, end, step in zip(axes, starts, ends, steps, strict=True)
-    }
+    return {axis: (start, end, step) for axis, start, end, step in zip(axes, starts, ends, steps, strict=True)}
 
 
 def _within(part: Affine, start: int, whole: int) -> Affine:
@@ -461,20 +451,20 @@ def add(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refus
     if facts.opset(node) < 8 and (node.op_type == "Sum" or facts.opset(node) < 7):
         # Before these versions operands are not broadcast, or in another way.
         return Refusal(Reason.AMBIGUOUS_BROADCAST, f"{node.op_type} of opset {facts.opset(node)}")
-    operands = [_operand(node, at, affine, facts) for at in range(len(node.inputs))]
-    for operand in operands:
-        if isinstance(operand, Refusal):
-            return operand
-    maps = [operand for operand in operands if isinstance(operand, Affine)]
+    at_all = range(len(node.inputs))
+    scales = [_operand(node, at, affine.only_scale(), facts) for at in at_all]
+    refusal = next((scale for scale in scales if isinstance(scale, Refusal)), None)
+    if refusal is not None and not affine.keeps_scale:
+        return refusal
+    carried = [(at, scale) for at, scale in enumerate(scales) if isinstance(scale, Affine)]
     if affine.keeps_zero:
-        return Step(carries=tuple(enumerate(maps)))
+        return Step(carries=tuple(carried))
     steps: list[Step] = []
-    for at in range(len(maps)):
-        carries = [(other, carry.only_scale()) for other, carry in enumerate(maps)]
+    for at, scale in carried:
         sign = -1.0 if node.op_type == "Sub" and at == 1 else 1.0
-        carries[at] = (at, Affine(maps[at].scale, sign * maps[at].shift, maps[at].axis))
-        steps.append(Step(carries=tuple(carries)))
-    return _first_of(steps)
+        whole = Affine(scale.scale, sign * affine.shift, scale.axis)
+        steps.append(Step(carries=tuple((other, whole if other == at else item) for other, item in carried)))
+    return _first_of(steps) if steps else refusal or Refusal(Reason.NO_LINEAR_PRODUCER, f"it follows {node.op_type}")
 
 
 def multiply(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
@@ -503,7 +493,7 @@ def _operand(node: ir.Node, at: int, affine: Affine, facts: Facts) -> Affine | R
     if axis is None or axis < 0 or facts.size(node.inputs[at], axis) != affine.scale.size:
         return Refusal(
             Reason.CHANNEL_AXIS_UNPROVEN,
-            f"{_name(node.inputs[at])}, an operand of {node.op_type}, is not proven to have {affine.scale.size} channels",
+            f"{node.op_type}'s operand {_name(node.inputs[at])} is not proven to have {affine.scale.size} channels",
         )
     return affine.along(axis)
 

@@ -43,7 +43,7 @@ import onnx_ir as ir
 from pybn.folding.affine import Array
 from pybn.folding.graph import Facts, Scope, attribute, display_name, scopes
 from pybn.folding.report import Fold, FoldCheck
-from pybn.folding.rules import data_input
+from pybn.folding.backward import data_input
 from pybn.folding.runtime import CheckError, Session
 
 # Roundings outside the inner products: see the derivation above.

@@ -85,7 +85,7 @@ class Facts:
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self._opsets = {id(scope.graph): scope.opset for scope in scopes(model)}
-        self._inferred: dict[int, ir.Value] | None = None
+        self._inferred: dict[ir.Value, ir.Value] | None = None
 
     def opset(self, node: ir.Node) -> int:
         """Return the version of the standard operators that the node is written in."""
@@ -160,7 +160,7 @@ class Facts:
             return None
         if self._inferred is None:
             self._inferred = _infer(self.model)
-        return self._inferred.get(id(value))
+        return self._inferred.get(value)
 
 
 def _agree(a: ir.Shape, b: ir.Shape) -> bool:
@@ -235,21 +235,22 @@ def _constant_node_array(node: ir.Node) -> npt.NDArray[Any] | None:
     return None
 
 
-def _infer(model: ir.Model) -> dict[int, ir.Value]:
-    """Infer shapes and types: by the id of each value of the model, a copy that knows them."""
+def _infer(model: ir.Model) -> dict[ir.Value, ir.Value]:
+    """Infer shapes and types: by each value of the model, a copy that knows them."""
     try:
-        # Without what the model declares of its inner values, which inference would take for granted.
-        bare = without_weights(model)
-        del bare.graph.value_info[:]
+        bare = _bare(model)
         inferred = ir.from_proto(onnx.shape_inference.infer_shapes(bare, data_prop=True))
     except Exception:  # whatever inference dislikes: a shape that is not proven is a refusal
         return {}
     # Names are unique only within one graph: the branches of an If may repeat them.
     copies = {
-        (scope.label, output.name): output for scope in scopes(inferred) for node in scope.graph for output in node.outputs
+        (scope.label, output.name): output
+        for scope in scopes(inferred)
+        for node in scope.graph
+        for output in node.outputs
     }
     return {
-        id(output): copies[scope.label, output.name]
+        output: copies[scope.label, output.name]
         for scope in scopes(model)
         for node in scope.graph
         for output in node.outputs
@@ -261,8 +262,8 @@ def _infer(model: ir.Model) -> dict[int, ir.Value]:
 _LARGEST_SHAPE = 1024
 
 
-def without_weights(model: ir.Model) -> onnx.ModelProto:
-    """Return a ModelProto of the model whose large tensors have a type and a shape, but no data."""
+def _bare(model: ir.Model) -> onnx.ModelProto:
+    """Return a model without the data of its weights, and without what it declares of its inner values."""
     bare = model.clone()
     for scope in scopes(bare):
         for value in scope.graph.initializers.values():
@@ -272,6 +273,10 @@ def without_weights(model: ir.Model) -> onnx.ModelProto:
             item = node.attributes.get("value") if node.op_type == "Constant" else None
             if item is not None and not item.is_ref():
                 node.attributes["value"] = ir.AttrTensor("value", _without_data(item.as_tensor()))
+            for output in node.outputs:
+                # Inference would take it for granted.
+                if not output.is_graph_output():
+                    output.type = output.shape = None
     return ir.to_proto(bare)
 
 

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar, overload
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 
 from pybn.folding import files
-from pybn.folding.affine import Affine, Array, is_supported
-from pybn.folding.editor import Editor
-from pybn.folding.graph import (
-    AttributeNotConstant,
-    Facts,
-    Scope,
-    attribute,
-    display_name,
-    scopes,
-    standard_type,
-    unavailable,
-)
-from pybn.folding.neighbours import neighbours
-from pybn.folding.reasons import FoldError, Reason, Refusal
-from pybn.folding.report import Fold, FoldReport, Left
-from pybn.folding.rules import BACKWARD, Rewrite, data_input
-
-# ONNX stores attributes as float32, so this is the epsilon of a batch norm that does not name one.
-DEFAULT_EPSILON = float(np.float32(1e-5))
+from pybn.folding.engine import Options, Progress, fold_in_place
+from pybn.folding.report import FoldReport
 
 M = TypeVar("M", onnx.ModelProto, ir.Model)
 
@@ -44,58 +26,90 @@ class FoldResult(Generic[M]):
 
 
 @overload
-def fold_onnx(model_or_path: str | os.PathLike[str]) -> FoldResult[onnx.ModelProto]: ...
+def fold_onnx(
+    model_or_path: str | os.PathLike[str] | onnx.ModelProto,
+    *,
+    aggressive: bool = False,
+    skip: Collection[str] = (),
+    only: Collection[str] = (),
+    progress: Progress | None = None,
+) -> FoldResult[onnx.ModelProto]: ...
 @overload
-def fold_onnx(model_or_path: onnx.ModelProto) -> FoldResult[onnx.ModelProto]: ...
-@overload
-def fold_onnx(model_or_path: ir.Model) -> FoldResult[ir.Model]: ...
+def fold_onnx(
+    model_or_path: ir.Model,
+    *,
+    aggressive: bool = False,
+    skip: Collection[str] = (),
+    only: Collection[str] = (),
+    progress: Progress | None = None,
+) -> FoldResult[ir.Model]: ...
 def fold_onnx(
     model_or_path: str | os.PathLike[str] | onnx.ModelProto | ir.Model,
+    *,
+    aggressive: bool = False,
+    skip: Collection[str] = (),
+    only: Collection[str] = (),
+    progress: Progress | None = None,
 ) -> FoldResult[onnx.ModelProto] | FoldResult[ir.Model]:
-    """Remove the evaluation-mode batch norms of an ONNX model, exactly.
+    """Remove the evaluation-mode batch norms of an ONNX model, and other affine nodes, exactly.
 
     Parameters
     ----------
     model_or_path : path, onnx.ModelProto or onnx_ir.Model
         Left untouched. External data of a path is read and becomes part of the result.
+    aggressive : bool
+        Also make rewrites that save no operator, such as an Add for a batch norm.
+    skip : collection of str
+        Names of nodes that must stay as they are: affine nodes, or operators that would absorb one.
+        A node without a name goes by that of its first output.
+    only : collection of str
+        Names of the affine nodes that are to be folded; empty: all.
+    progress : callable, optional
+        Called with the number of affine nodes that have been looked at, and with that of all.
 
     Returns
     -------
     FoldResult
         ``model`` is a ModelProto for a path or a ModelProto, and an onnx_ir.Model for one.
-        ``report`` has a row for every batch norm: folded into what, or left and why.
+        ``report`` has a row for every affine node: folded into what, or left and why.
 
     Raises
     ------
     pybn.folding.files.ModelError
         If the model cannot be read or is invalid. A subclass of ValueError. A batch norm that
         cannot be folded is never an error.
+    ValueError
+        If `skip` or `only` has a name that no such node has.
     TypeError
-        If the argument is none of the three.
+        If the argument is none of the three, or `skip` or `only` is a string.
     """
+    for what, names in (("skip", skip), ("only", only)):
+        if isinstance(names, str):
+            raise TypeError(f"{what} is a string, expected a collection of them: ({names!r},)")
+    options = Options(aggressive, frozenset(skip), frozenset(only), progress)
     if isinstance(model_or_path, ir.Model):
         clone = model_or_path.clone()
-        return FoldResult(clone, _fold_in_place(clone))
+        return FoldResult(clone, fold_in_place(clone, options))
     if isinstance(model_or_path, onnx.ModelProto):
         files.validate(model_or_path)
-        return _fold_proto(model_or_path)
+        return _fold_proto(model_or_path, options)
     if isinstance(model_or_path, (str, os.PathLike)):
         proto, info = files.read_model(model_or_path)
-        result = _fold_proto(proto)
+        result = _fold_proto(proto, options)
         return FoldResult(result.model, replace(result.report, input=info))
     raise TypeError(
         f"model_or_path is {type(model_or_path).__name__}, expected a path, an onnx.ModelProto or an onnx_ir.Model"
     )
 
 
-def _fold_proto(proto: onnx.ModelProto) -> FoldResult[onnx.ModelProto]:
+def _fold_proto(proto: onnx.ModelProto, options: Options) -> FoldResult[onnx.ModelProto]:
     """Fold a valid ModelProto into a new one."""
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx-ir has no common base class for what it rejects
         raise files.ModelError(f"invalid model: {files.first_line(error)}") from error
     # onnx-ir shares tensors with the ModelProto, but its graph is new: nothing of `proto` changes.
-    report = _fold_in_place(model)
+    report = fold_in_place(model, options)
     result = onnx.ModelProto()
     if report.folds:
         result = ir.to_proto(model)
@@ -131,183 +145,6 @@ def _graph_protos(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
             for inside in (item.g, *item.graphs):
                 if inside.node:
                     yield from _graph_protos(inside)
-
-
-def _fold_in_place(model: ir.Model) -> FoldReport:
-    facts = Facts(model)
-    editor = Editor(model)
-    rows: list[Fold | Left] = []
-    # Graph order is topological, so what is upstream of a batch norm has settled before its turn.
-    for scope in list(scopes(model)):
-        for node in list(scope.graph):
-            if standard_type(node, model) == "BatchNormalization":
-                rows.append(_fold_batch_norm(node, scope, facts, editor))
-    return FoldReport(tuple(rows))
-
-
-def _fold_batch_norm(node: ir.Node, scope: Scope, facts: Facts, editor: Editor) -> Fold | Left:
-    """Fold one batch norm, or say why not. Nothing changes unless the whole way back is clear."""
-    name, output = display_name(node), _first_output(node)
-    found = _read_batch_norm(node, scope, facts)
-    path = found if isinstance(found, Refusal) else _walk_back(node, found, facts)
-    if isinstance(path, Refusal):
-        return Left(name, node.op_type, output, scope.label, path.reason, path.detail, neighbours=neighbours(node))
-    assert isinstance(found, Affine)
-    magnitudes = np.abs(found.scale)
-    fold = Fold(
-        name=name,
-        op_type=node.op_type,
-        output=output,
-        graph=scope.label,
-        direction="backward",
-        into=(display_name(path.nodes[-1]),),
-        route=tuple(passed.op_type for passed in path.nodes),
-        outputs=(output,),
-        cost=0,
-        scale_range=(float(magnitudes.min(initial=np.inf)), float(magnitudes.max(initial=0.0))),
-    )
-    editor.apply(path.rewrites)
-    editor.remove(node)
-    return fold
-
-
-def _read_batch_norm(node: ir.Node, scope: Scope, facts: Facts) -> Affine | Refusal:
-    """Read a BatchNormalization as the affine map that it is in evaluation mode."""
-    try:
-        not_evaluation = _not_evaluation_mode(node, scope.opset)
-        if not_evaluation is not None:
-            return not_evaluation
-        epsilon = float(attribute(node, "epsilon", DEFAULT_EPSILON))
-    except AttributeNotConstant as error:
-        return Refusal(Reason.ATTRIBUTE_NOT_CONSTANT, f"{error} is a parameter of the local function")
-
-    arrays: list[Array] = []
-    names = ("scale", "B", "input_mean", "input_var")
-    inputs: list[ir.Value | None] = [*node.inputs, None, None, None, None]
-    for what, value in zip(names, inputs[1:5], strict=True):
-        array = facts.constant(value)
-        if array is None:
-            return unavailable(facts, value, what, parameter=True)
-        if not is_supported(array.dtype):
-            return Refusal(Reason.UNSUPPORTED_DTYPE, f"{what} is {array.dtype}")
-        arrays.append(array)
-    gamma, beta, mean, variance = arrays
-    for what, array in zip(names, arrays, strict=True):
-        if array.ndim != 1 or array.shape != gamma.shape:
-            shapes = f"{what} has shape {array.shape}, scale {gamma.shape}"
-            return Refusal(Reason.PARAMETER_SHAPE, shapes)
-    try:
-        return Affine.from_batch_norm(mean, variance, gamma, beta, epsilon)
-    except FoldError as error:
-        return Refusal(error.reason, str(error))
-
-
-def _not_evaluation_mode(node: ir.Node, opset: int) -> Refusal | None:
-    """Refuse what is not the evaluation mode of its opset; the operator changed at 7, 9 and 14."""
-    if opset < 7:
-        return Refusal(Reason.OLD_OPSET, f"BatchNormalization of opset {opset} has another definition")
-    if opset >= 14 and attribute(node, "training_mode", 0):
-        return Refusal(Reason.TRAINING_MODE, "training_mode is 1, so Y depends on the batch")
-    extra = [output for output in node.outputs[1:] if output.name]
-    if opset < 14 and extra:
-        # Before opset 14 the number of outputs is the mode: more than Y means training.
-        return Refusal(
-            Reason.TRAINING_MODE,
-            f"it has the output {extra[0].name!r}, which at opset {opset} means training mode",
-        )
-    used = [output for output in extra if output.uses() or output.is_graph_output()]
-    if used:
-        return Refusal(Reason.EXTRA_OUTPUTS, f"its output {used[0].name!r} is used")
-    if opset < 9 and not attribute(node, "spatial", 1):
-        return Refusal(Reason.SPATIAL_ZERO, "spatial=0 normalises every element by itself")
-    return None
-
-
-@dataclass(frozen=True)
-class _Path:
-    """The way back: the nodes passed, the absorbing operator last, and what becomes of them."""
-
-    nodes: tuple[ir.Node, ...]
-    rewrites: tuple[Rewrite, ...]
-
-
-def _walk_back(batch_norm: ir.Node, affine: Affine, facts: Facts) -> _Path | Refusal:
-    """Carry the map from producer to producer until an operator absorbs it."""
-    nodes: list[ir.Node] = []
-    rewrites: list[Rewrite] = []
-    consumer, index = batch_norm, 0
-    carry: Affine | None = affine
-    while carry is not None:
-        producer = _only_feeds(consumer, index, facts)
-        if isinstance(producer, Refusal):
-            return producer
-        try:
-            step = BACKWARD[producer.op_type](producer, carry, facts)
-        except FoldError as error:
-            return Refusal(error.reason, str(error))
-        except AttributeNotConstant as error:
-            return Refusal(
-                Reason.ATTRIBUTE_NOT_CONSTANT,
-                f"{error} of {producer.op_type} is a parameter of the local function",
-            )
-        if isinstance(step, Refusal):
-            return step
-        nodes.append(producer)
-        if step.rewrite is not None:
-            rewrites.append(step.rewrite)
-        consumer, index, carry = producer, data_input(producer, facts), step.carry
-
-    before, after = nodes[0].outputs[0].dtype, batch_norm.outputs[0].dtype
-    if before is not None and after is not None and before != after:
-        return Refusal(
-            Reason.TYPE_MISMATCH,
-            f"{nodes[0].op_type} produces {before.name}, the batch norm {after.name}",
-        )
-    return _Path(tuple(nodes), tuple(rewrites))
-
-
-def _only_feeds(consumer: ir.Node, index: int, facts: Facts) -> ir.Node | Refusal:
-    """Return the producer of an input, if its output goes nowhere else and it has a rule."""
-    value = consumer.inputs[index] if consumer.inputs else None
-    producer = None if value is None else value.producer()
-    if value is None or producer is None:
-        what = "a graph input" if value is not None and value.is_graph_input() else "not a node's"
-        return Refusal(
-            Reason.NO_LINEAR_PRODUCER,
-            f"its input {value.name if value is not None else ''!r} is {what}",
-        )
-    op_type = standard_type(producer, facts.model)
-    if op_type is None:
-        return Refusal(
-            Reason.FOREIGN_DOMAIN,
-            f"it follows {producer.domain or 'the local function'}::{producer.op_type}",
-        )
-    if op_type not in BACKWARD:
-        return Refusal(Reason.NO_LINEAR_PRODUCER, f"it follows {op_type}")
-    if value is not producer.outputs[0]:
-        return Refusal(Reason.NO_LINEAR_PRODUCER, f"it follows a secondary output of {op_type}")
-    where = f"the output {value.name!r} of {op_type}"
-    if value.is_graph_output():
-        return Refusal(Reason.GRAPH_OUTPUT, f"{where} is a graph output")
-    if producer.graph is not consumer.graph:
-        return Refusal(Reason.SUBGRAPH_CAPTURE, f"{where} belongs to an outer graph")
-    others = [use.node for use in value.uses() if (use.node, use.idx) != (consumer, index)]
-    captured = [node for node in others if node.graph is not producer.graph]
-    if captured:
-        return Refusal(
-            Reason.SUBGRAPH_CAPTURE,
-            f"{where} is also used by {display_name(captured[0])} in a subgraph",
-        )
-    if others:
-        return Refusal(
-            Reason.OTHER_CONSUMER,
-            f"{where} is also used by {others[0].op_type} {display_name(others[0])}",
-        )
-    return producer
-
-
-def _first_output(node: ir.Node) -> str:
-    return (node.outputs[0].name if node.outputs else None) or ""
 
 
 __all__ = ["FoldResult", "fold_onnx"]

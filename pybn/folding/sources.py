@@ -9,6 +9,7 @@ after it, an Add takes a shift, a Mul a scale.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -120,16 +121,32 @@ def _shift(shift: Float64, axis: int | None) -> Affine:
     return Affine(np.ones_like(shift), shift, axis)
 
 
-def chain_form(affine: Affine) -> tuple[str, Float64] | None:
-    """Return the single operator with a constant that a map is, if there is one."""
-    if affine.keeps_scale:
-        return "Add", affine.shift
-    if affine.keeps_zero:
-        return "Mul", affine.scale
-    return None
+@dataclass(frozen=True)
+class Remainder:
+    """A part of a map as an operator of its own: ``op_type(x, constant)``."""
+
+    op_type: str
+    constant: Array
 
 
-def chain_constant(values: Float64, affine: Affine, rank: int | None, dtype: np.dtype[np.floating]) -> Array:
+def remainder(source: Source, affine: Affine, facts: Facts) -> Remainder:
+    """Write a map that is only a scale or only a shift as the Mul or Add that takes a node's place.
+
+    Raises
+    ------
+    FoldError
+        If the constant overflows, or the type or rank of the data is unknown.
+    """
+    value = source.node.inputs[source.data]
+    dtype = facts.dtype(value)
+    if dtype is None:
+        raise FoldError(Reason.TYPE_MISMATCH, f"the type of {source.node.op_type}'s data is unknown")
+    values = affine.shift if affine.keeps_scale else affine.scale
+    constant = _constant_along(values, affine, facts.rank(value), dtype)
+    return Remainder("Add" if affine.keeps_scale else "Mul", constant)
+
+
+def _constant_along(values: Float64, affine: Affine, rank: int | None, dtype: np.dtype[Any]) -> Array:
     """Give one value per channel the shape in which it broadcasts against data of this rank."""
     rounded = round_to(values, dtype, "the folded constant")
     if affine.axis is None:
@@ -284,5 +301,5 @@ def _chain_with(source: Source, affine: Affine, facts: Facts) -> Rewrite:
     if old is not None and old.size == values.size:
         constant = round_to(values, dtype, "the folded constant").reshape(old.shape)
     else:
-        constant = chain_constant(values, affine, facts.rank(node.inputs[data]), dtype)
+        constant = _constant_along(values, affine, facts.rank(node.inputs[data]), dtype)
     return Rewrite(node, {1 - data: constant}, op_type)

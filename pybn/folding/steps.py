@@ -61,11 +61,14 @@ class Quantized:
         A scalar, or one value per slice along `axis`.
     axis : int
         The axis of `values` that `scale` belongs to.
+    zero_point : ndarray or None
+        Of the type of `values` and the shape of `scale`.
     """
 
     values: Array
     scale: Array
     axis: int
+    zero_point: Array | None = None
 
 
 @dataclass(frozen=True)

@@ -93,11 +93,14 @@ class Walk:
             return producer
         assert value is not None
         step = self._ask(BACKWARD, producer, producer.outputs.index(value), affine, visited, depth)
+        if isinstance(step, Refusal):
+            return step
         refusal: Refusal | None = None
-        while isinstance(step, Step):
+        way: Step | None = step
+        while way is not None:
             # Only one value feeds `user` here, so everything that changes hangs on this producer.
-            plan = self._visit(producer, step)
-            for at, carry in step.carries:
+            plan = self._visit(producer, way)
+            for at, carry in way.carries:
                 more = self.backward(carry, producer, at, visited | {user, *plan.nodes}, depth + 1)
                 if isinstance(more, Refusal):
                     refusal = refusal or more
@@ -105,8 +108,9 @@ class Walk:
                 plan += more
             else:
                 return Plan(changed=(value,)) + plan
-            step = step.otherwise
-        return refusal or step or Refusal(Reason.NO_LINEAR_PRODUCER, "no way back")
+            way = way.otherwise
+        assert refusal is not None
+        return refusal
 
     def forward(
         self, affine: Affine, value: ir.Value, visited: frozenset[ir.Node] = frozenset(), depth: int = 0
@@ -131,10 +135,13 @@ class Walk:
         if producer is not None and node.graph is not producer.graph:
             return Refusal(Reason.SUBGRAPH_CAPTURE, f"{value.name!r} is used by {display_name(node)} in a subgraph")
         step = self._ask(FORWARD, node, index, affine, visited, depth)
+        if isinstance(step, Refusal):
+            return step
         refusal: Refusal | None = None
-        while isinstance(step, Step):
-            plan = self._visit(node, step)
-            for at, carry in step.carries:
+        way: Step | None = step
+        while way is not None:
+            plan = self._visit(node, way)
+            for at, carry in way.carries:
                 output = node.outputs[at]
                 more = self.forward(carry, output, visited.union(plan.nodes), depth + 1)
                 if isinstance(more, Refusal):
@@ -144,8 +151,9 @@ class Walk:
                 plan += Plan(changed=() if carry.is_identity else (output,))
             else:
                 return plan
-            step = step.otherwise
-        return refusal or step or Refusal(Reason.NO_LINEAR_CONSUMER, "no way forward")
+            way = way.otherwise
+        assert refusal is not None
+        return refusal
 
     def _ask(
         self,
@@ -163,9 +171,7 @@ class Walk:
         op_type = standard_type(node, self._facts.model)
         self._steps += 1
         if op_type is None:
-            return Refusal(
-                Reason.FOREIGN_DOMAIN, f"{follows} {node.domain or 'the local function'}::{node.op_type}"
-            )
+            return Refusal(Reason.FOREIGN_DOMAIN, f"{follows} {node.domain or 'the local function'}::{node.op_type}")
         if node in visited:
             return Refusal(Reason.MEETS_ITSELF, f"two ways of the map meet at {op_type} {display_name(node)}")
         if node in self._frozen:
@@ -182,9 +188,7 @@ class Walk:
         except FoldError as error:
             return Refusal(error.reason, str(error))
         except AttributeNotConstant as error:
-            return Refusal(
-                Reason.ATTRIBUTE_NOT_CONSTANT, f"{error} of {op_type} is a parameter of the local function"
-            )
+            return Refusal(Reason.ATTRIBUTE_NOT_CONSTANT, f"{error} of {op_type} is a parameter of the local function")
 
     @staticmethod
     def _visit(node: ir.Node, step: Step) -> Plan:
