@@ -16,9 +16,10 @@ import numpy as np
 import onnx
 import torch
 from fold_models import ONNX_TYPE, runtime, tensor
-from onnx import helper, numpy_helper
+from onnx import helper, numpy_helper, printer
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from onnx.reference.ops import op_resize
 
 from pybn.folding import fold_onnx
 from pybn.folding.onnx import FoldResult
@@ -116,6 +117,30 @@ class GlobalMaxPool(OpRun):
         return (x.max(axis=tuple(range(2, x.ndim)), keepdims=True),)
 
 
+class Resize(op_resize.Resize):
+    """In float64 throughout: the weights of onnx.reference add up to 1 in float32 only."""
+
+    op_domain = ""
+
+    def _run(self, x, roi=None, scales=None, sizes=None, cubic_coeff_a=None, **attributes):
+        cubic_coeff_a = -0.75 if cubic_coeff_a is None else float(cubic_coeff_a)
+        scales = scales.astype("float64") if scales is not None and scales.size else None
+        return super()._run(x, roi, scales, sizes, cubic_coeff_a=cubic_coeff_a, **attributes)
+
+
+class DequantizeLinear(OpRun):
+    """onnx.reference has none for some opsets."""
+
+    op_domain = ""
+
+    def _run(self, x, scale, zero_point=None, axis=1, **attributes):
+        along = [1] * x.ndim
+        if scale.size > 1:
+            along[axis] = -1
+        zero = 0 if zero_point is None else zero_point.astype("float64").reshape(along)
+        return (((x.astype("float64") - zero) * scale.reshape(along)).astype(scale.dtype),)
+
+
 class BatchNormalization(OpRun):
     """Evaluation mode before opset 14: there onnx.reference normalises as in training, whatever the mode."""
 
@@ -130,7 +155,8 @@ class BatchNormalization(OpRun):
 
 def evaluate(model: onnx.ModelProto, feeds: Feeds) -> Values:
     """Every value of the main graph, by name: what nodes compute, and the graph outputs."""
-    repaired = [ConvTranspose, MaxPool, AveragePool, GlobalMaxPool, BatchNormalization][: 5 if opset(model) < 14 else 4]
+    repaired = [ConvTranspose, MaxPool, AveragePool, GlobalMaxPool, Resize, DequantizeLinear]
+    repaired += [BatchNormalization] if opset(model) < 14 else []
     with np.errstate(all="ignore"):
         evaluator = ReferenceEvaluator(model, new_ops=repaired)
         values = evaluator.run(None, feeds, intermediate=True)
@@ -287,7 +313,24 @@ def _majorant_node(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     return [node]
 
 
+def describe(model: onnx.ModelProto, result: FoldResult) -> str:
+    """Show what was folded into what, for the message of a failure."""
+    rows = (
+        f"{row.op_type} {row.output}: "
+        + (f"{row.reason.value}: {row.detail}" if hasattr(row, "reason") else f"{row.direction} into {row.into}")
+        for row in result.report.rows
+    )
+    return "\n".join(["", printer.to_text(model), "became", printer.to_text(result.model), *rows])
+
+
 # What must hold
+
+
+def assert_left(model: onnx.ModelProto, result: FoldResult, *most: dict[str, int]) -> None:
+    """Compare the affine operators that are left with what may be: any of several counts, or none."""
+    left = +affines(result.model)
+    if not any(left <= Counter(count) for count in most or ({},)):
+        raise AssertionError(f"left: {dict(left)}{describe(model, result)}")
 
 
 def survive(model: onnx.ModelProto, feeds: Feeds, *, aggressive: bool = False) -> FoldResult:
@@ -298,7 +341,10 @@ def survive(model: onnx.ModelProto, feeds: Feeds, *, aggressive: bool = False) -
     content = result.model.SerializeToString(deterministic=True)
     onnx.checker.check_model(result.model, full_check=True)
     assert_same_interface(model, result.model)
-    assert_same_values(model, result.model, feeds)
+    try:
+        assert_same_values(model, result.model, feeds)
+    except AssertionError as error:
+        raise AssertionError(f"{error}{describe(model, result)}") from None
     assert_report_is_complete(model, result)
     assert fold(model, aggressive).model.SerializeToString(deterministic=True) == content, "not deterministic"
     reread = onnx.ModelProto.FromString(content)

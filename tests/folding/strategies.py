@@ -7,7 +7,7 @@ hypothesis, so that a failure shrinks; the numbers come from a generator with a 
 from __future__ import annotations
 
 import math
-from collections import Counter
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -255,15 +255,16 @@ def conv(net: Net, x: str, outputs: int | None = None, **limits: Any) -> str:
     return net.node("Conv", x, weight, bias_name(net, groups * multiple), group=groups, **attributes)
 
 
-def conv_transpose(net: Net, x: str, **limits: Any) -> str:
-    """ConvTranspose of any groups and strides, with output_padding or auto_pad."""
+def conv_transpose(net: Net, x: str, *, explicit: bool = False) -> str:
+    """ConvTranspose of any groups and strides, with output_padding or, unless pads are to be explicit, auto_pad."""
     draw, channels, size = net.draw, net.shape(x)[1], net.shape(x)[2:]
     groups, multiple = groups_of(net, channels), draw(st.integers(1, 3))
     strides = [draw(st.integers(1, 2)) for _ in size]
     # At least the stride, so that SAME padding is never negative.
     kernel = [draw(st.integers(s, 3)) for s in strides]
     attributes = {"kernel_shape": kernel, "strides": strides, "group": groups}
-    form = draw(st.sampled_from(["plain", "pads", "SAME_UPPER", "SAME_LOWER", "output_padding", "dilations"]))
+    forms = ["plain", "pads", "output_padding", "dilations"] + ["SAME_UPPER", "SAME_LOWER"] * (not explicit)
+    form = draw(st.sampled_from(forms))
     if form == "pads":
         attributes["pads"] = [draw(st.integers(0, (k - 1) // 2)) for k in kernel * 2]
     elif form == "dilations":
@@ -395,10 +396,8 @@ def reshape(net: Net, x: str, shape: Sequence[int]) -> str:
 
 
 def join_space(net: Net, x: str) -> str:
-    """Reshape to (N, C, H*W), whose sizes may be given as 0 (the same) and -1 (the rest)."""
-    batch, channels, *size = net.shape(x)
-    kept = [net.draw(st.sampled_from([s, 0])) for s in (batch, channels)]
-    return reshape(net, x, [*kept, net.draw(st.sampled_from([-1, math.prod(size)]))])
+    """Reshape to (N, C, rest), whatever N and the rest are."""
+    return reshape(net, x, [0, net.draw(st.sampled_from([net.shape(x)[1], 0])), -1])
 
 
 def flatten(net: Net, x: str) -> str:
@@ -494,8 +493,8 @@ def images(net: Net, dims: int | None = None, channels: int | None = None, stati
     return net.input(shape, draw(st.sampled_from(known)))
 
 
-def rows(net: Net, features: int | None = None) -> str:
+def rows(net: Net, static: bool = False) -> str:
     """A graph input (N, F)."""
     draw = net.draw
-    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 4)) if features is None else features)
-    return net.input(shape, draw(st.sampled_from([(), (0,)])))
+    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 4)))
+    return net.input(shape, draw(st.sampled_from([()] if static else [(), (0,)])))

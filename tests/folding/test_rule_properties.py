@@ -6,7 +6,6 @@ that absorbs maps on the other, with everything else drawn at random.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +15,10 @@ import pytest
 import strategies as s
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import affines, assert_oracle_agrees_with_onnxruntime, survive, survive_rounding
+from oracles import assert_left, assert_oracle_agrees_with_onnxruntime, survive, survive_rounding
 from strategies import Net, examples
+
+from pybn.folding import backward, forward
 
 Operator = Callable[[Net, str], str]
 
@@ -54,6 +55,10 @@ class Row:
 
 def either(net: Net) -> str:
     return net.draw(st.sampled_from([s.images, s.rows]))(net)
+
+
+def static(net: Net) -> str:
+    return s.images(net, static=True)
 
 
 def planes(net: Net) -> str:
@@ -103,8 +108,11 @@ ROWS = {
     "Relu": Row(s.relu, either, POSITIVE, POSITIVE, {}),
     "LeakyRelu": Row(s.leaky_relu, either, POSITIVE, POSITIVE),
     "PRelu": Row(s.prelu, either, POSITIVE, POSITIVE),
-    "Clip": Row(s.clip, either, UNIFORM, UNIFORM, {}),
-    "MaxPool": Row(s.max_pool, backward={"sign": "nonnegative"}, forward={"sign": "nonnegative"}),
+    # Before opset 11 the bounds are float32, in which those of float64 data cannot be scaled exactly.
+    "Clip": Row(s.clip, either, UNIFORM, UNIFORM, {}, since=11),
+    "Clip by attributes": Row(s.clip, either, None, None),
+    # Where the size is unknown, a window may hold nothing but padding.
+    "MaxPool": Row(s.max_pool, static, {"sign": "nonnegative"}, {"sign": "nonnegative"}),
     "GlobalMaxPool": Row(s.global_max_pool, backward=None, forward=None),
     "AveragePool": Row(lambda net, x: s.average_pool(net, x, counted=False)),
     "AveragePool, padding counted": Row(lambda net, x: s.average_pool(net, x, counted=True), s.images, SCALE, SCALE),
@@ -113,13 +121,13 @@ ROWS = {
     "Resize": Row(s.resize, planes, since=11),
     "Slice": Row(lambda net, x: s.slice_axes(net, x, net.draw(st.integers(1, net.rank(x) - 1)))),
     "Split": Row(lambda net, x: s.split(net, x)[0], several),
-    "Concat": Row(concat_with_itself, forward={}),
+    "Concat": Row(concat_with_itself, s.images, None, None),
     "Transpose": Row(s.transpose),
     "Transpose of the channels": Row(to_channels_last),
     "Reshape": Row(s.join_space),
     "Reshape of a matrix": Row(split_rows, s.rows),
     "Flatten": Row(s.flatten, pooled),
-    "Flatten of planes": Row(s.flatten, s.images, UNIFORM, {}),
+    "Flatten of planes": Row(s.flatten, static, UNIFORM, {}),
     "Squeeze": Row(lambda net, x: s.squeeze(net, x, [3]), last_single),
     "Unsqueeze": Row(lambda net, x: s.unsqueeze(net, x, [net.rank(x)]), lambda net: s.images(net, 2)),
     "Expand": Row(s.expand, last_single, since=8),
@@ -160,7 +168,7 @@ def test_map_behind_an_operator_goes_into_what_comes_before(row, data):
     y = row.operator(net, feed(net, row.source(net), row))
     case = net.case(s.affine(net, y, wide=True, **row.backward))
     result = survive(case.model, case.feeds)
-    assert not +affines(result.model), result.report
+    assert_left(case.model, result)
 
 
 @rows_with("forward")
@@ -172,7 +180,7 @@ def test_map_before_an_operator_goes_into_what_comes_behind(row, data):
     x = s.affine(net, row.source(net), wide=True, **row.forward)
     case = net.case(s.absorber(net, row.operator(net, x)))
     result = survive(case.model, case.feeds)
-    assert not +affines(result.model), result.report
+    assert_left(case.model, result)
 
 
 @rows_with("aggressive")
@@ -180,11 +188,11 @@ def test_map_before_an_operator_goes_into_what_comes_behind(row, data):
 @given(data=st.data())
 def test_map_before_an_operator_is_traded_if_asked_for(row, data):
     row = ROWS[row]
-    net = Net(data.draw, row.since)
+    net = Net(data.draw, max(8, row.since))  # Max does not broadcast before
     x = s.batch_norm(net, row.source(net), **row.aggressive)
     case = net.case(s.absorber(net, row.operator(net, x)))
     result = survive(case.model, case.feeds, aggressive=True)
-    assert not +affines(result.model), result.report
+    assert_left(case.model, result)
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -243,7 +251,7 @@ def test_operator_absorbs_the_map_behind_it(kind, data):
     source, operator = ABSORBERS[kind]
     case = net.case(s.affine(net, operator(net, source(net)), wide=True))
     result = survive(case.model, case.feeds)
-    assert not +affines(result.model), result.report
+    assert_left(case.model, result)
     assert len(result.model.graph.node) == 1
 
 
@@ -256,7 +264,7 @@ def test_operator_of_narrow_type_absorbs_within_the_bound(kind, dtype, data):
     source, operator = ABSORBERS[kind]
     case = net.case(s.affine(net, operator(net, source(net))))
     result = survive_rounding(case.model, case.feeds, dtype)
-    assert not +affines(result.model), result.report
+    assert_left(case.model, result)
 
 
 def unpadded_conv(net: Net, x: str) -> str:
@@ -282,7 +290,7 @@ def test_operator_absorbs_the_map_before_it(kind, data):
     source, operator = TAKES_WHOLE_MAPS[kind]
     case = net.case(operator(net, s.affine(net, source(net), wide=True)))
     result = survive(case.model, case.feeds)
-    assert not +affines(result.model), result.report
+    assert_left(case.model, result)
     assert len(result.model.graph.node) == 1
 
 
@@ -294,18 +302,18 @@ def test_padded_operator_absorbs_the_scale_before_it(kind, data):
     source, operator = TAKES_SCALES[kind]
     case = net.case(operator(net, s.affine(net, source(net), shift=False, wide=True)))
     result = survive(case.model, case.feeds)
-    assert not +affines(result.model), result.report
+    assert_left(case.model, result)
 
 
-@pytest.mark.parametrize("kind", TAKES_SCALES)
+@pytest.mark.parametrize("operator", [s.conv, lambda net, x: s.conv_transpose(net, x, explicit=True)])
 @examples(0.4)
 @given(data=st.data())
-def test_shift_before_a_padded_operator_becomes_a_border_map_if_asked_for(kind, data):
+def test_shift_before_a_padded_operator_becomes_a_border_map_if_asked_for(operator, data):
+    """The padding of ConvTranspose must be given, because runtimes differ in what auto_pad means there."""
     net = Net(data.draw)
-    _, operator = TAKES_SCALES[kind]
-    case = net.case(operator(net, s.batch_norm(net, s.images(net, static=True))))
+    case = net.case(operator(net, s.batch_norm(net, static(net))))
     result = survive(case.model, case.feeds, aggressive=True)
-    assert +affines(result.model) <= s.Counter(Add=1), result.report
+    assert_left(case.model, result, {"Add": 1})
 
 
 @pytest.mark.parametrize("kind", [*TAKES_WHOLE_MAPS, *TAKES_SCALES])
@@ -323,10 +331,10 @@ def test_operator_never_takes_the_map_before_it_wrongly(kind, aggressive, data):
 @given(data=st.data())
 def test_contracted_rows_of_a_transposed_gemm_absorb_the_map_of_the_first_axis(data):
     net = Net(data.draw)
-    x = s.chain(net, s.rows(net), axis=0)
+    x = s.chain(net, s.rows(net, static=True), axis=0)
     case = net.case(s.gemm(net, x, transposed=True))
     result = survive(case.model, case.feeds)
-    assert not +affines(result.model), result.report
+    assert_left(case.model, result)
 
 
 # MatMul over more than two axes
@@ -346,7 +354,7 @@ def test_matmul_of_sequences_absorbs_scales_of_its_features_from_both_sides(data
     x = s.chain(net, sequences(net), axis=-1, shift=False)
     case = net.case(s.chain(net, s.matmul(net, x), axis=-1, shift=False, least=0))
     result = survive(case.model, case.feeds)
-    assert not +affines(result.model), result.report
+    assert_left(case.model, result)
 
 
 @examples(0.2)
@@ -357,7 +365,7 @@ def test_batch_norm_behind_a_linear_layer_and_a_transpose_goes_into_matmul_and_i
     y = net.node("Add", y, net.normal(net.shape(y)[-1]))
     case = net.case(s.affine(net, s.transpose(net, y, [0, 2, 1])))
     result = survive(case.model, case.feeds)
-    assert +affines(result.model) == s.Counter(Add=1), result.report
+    assert_left(case.model, result, {"Add": 1})
 
 
 @examples(0.2)
@@ -371,7 +379,7 @@ def test_batch_norm_behind_matrix_reshape_and_transpose_goes_into_the_matrix(dat
     y = s.reshape(net, y, [data.draw(st.sampled_from([2, -1])), length, net.shape(y)[1]])
     case = net.case(s.affine(net, s.transpose(net, y, [0, 2, 1])))
     result = survive(case.model, case.feeds)
-    assert not +affines(result.model), result.report
+    assert_left(case.model, result)
 
 
 @examples(0.2)
@@ -409,7 +417,7 @@ def test_map_behind_a_concat_goes_into_every_branch(data):
     parts = branches(net, data.draw(st.integers(1, 3)))
     case = net.case(s.affine(net, net.node("Concat", *parts, axis=1), wide=True))
     result = survive(case.model, case.feeds)
-    assert not +affines(result.model), result.report
+    assert_left(case.model, result)
 
 
 @examples(0.2)
@@ -421,7 +429,7 @@ def test_maps_before_a_concat_go_into_what_comes_behind(data):
     mapped = [s.affine(net, part) if i == 0 or data.draw(st.booleans()) else part for i, part in enumerate(parts)]
     case = net.case(unpadded_conv(net, net.node("Concat", *mapped, axis=1)))
     result = survive(case.model, case.feeds)
-    assert not +affines(result.model), result.report
+    assert_left(case.model, result)
 
 
 @examples(0.2)
@@ -431,7 +439,7 @@ def test_map_behind_a_residual_goes_into_both_branches(data):
     pair = branches(net, 2, outputs=data.draw(st.integers(1, 3)))
     case = net.case(s.affine(net, net.node("Add", *pair), wide=True))
     result = survive(case.model, case.feeds)
-    assert not +affines(result.model), result.report
+    assert_left(case.model, result)
 
 
 @examples(0.2)
@@ -442,7 +450,7 @@ def test_maps_behind_the_parts_of_a_split_go_into_what_comes_before(data):
     parts = s.split(net, pointwise(net, x, data.draw(st.integers(2, 4))))
     case = net.case(s.affine(net, parts[0]), s.affine(net, parts[1]) if data.draw(st.booleans()) else parts[1])
     result = survive(case.model, case.feeds)
-    assert not +affines(result.model), result.report
+    assert_left(case.model, result)
 
 
 @examples(0.2)
@@ -452,7 +460,7 @@ def test_map_before_a_split_goes_into_every_consumer(data):
     parts = s.split(net, s.affine(net, several(net)))
     case = net.case(*(s.absorber(net, part) for part in parts))
     result = survive(case.model, case.feeds)
-    assert not +affines(result.model), result.report
+    assert_left(case.model, result)
 
 
 @examples(0.2)
@@ -464,7 +472,7 @@ def test_map_with_several_consumers_goes_into_all_or_none(data):
     wall = data.draw(st.booleans())
     case = net.case(*ends, *([s.tanh(net, x)] if wall else []))
     result = survive(case.model, case.feeds)
-    assert affines(result.model)["BatchNormalization"] == wall, result.report
+    assert_left(case.model, result, {"BatchNormalization": wall})
 
 
 @examples(0.2)
@@ -476,7 +484,7 @@ def test_consecutive_maps_between_walls_become_one(data):
         x = s.batch_norm(net, x)
     case = net.case(s.tanh(net, x))
     result = survive(case.model, case.feeds)
-    assert affines(result.model) == s.Counter(BatchNormalization=1), result.report
+    assert_left(case.model, result, {"BatchNormalization": 1}, {"Mul": 1, "Add": 1})
 
 
 @examples(0.2)
@@ -487,7 +495,7 @@ def test_arithmetic_beside_a_batch_norm_merges_into_it(data):
     first, second = data.draw(st.sampled_from([(s.batch_norm, s.chain), (s.chain, s.batch_norm)]))
     case = net.case(s.tanh(net, second(net, first(net, x))))
     result = survive(case.model, case.feeds)
-    assert affines(result.model) == s.Counter(BatchNormalization=1), result.report
+    assert_left(case.model, result, {"BatchNormalization": 1}, {"Mul": 1, "Add": 1})
 
 
 # Weights that are not plain initializers
@@ -529,7 +537,7 @@ def test_weights_behind_operators_are_found(how, data, forward):
         y = net.node("Conv", x, weight, s.bias_name(net, outputs))
     case = net.case(y if forward else s.affine(net, y))
     result = survive(case.model, case.feeds)
-    assert not +affines(result.model), result.report
+    assert_left(case.model, result)
 
 
 @examples(0.3)
@@ -572,8 +580,5 @@ def test_oracle_agrees_with_onnxruntime(kind, data):
 
 def test_rows_cover_every_operator_that_has_a_rule():
     """A rule without a row here is a rule without a proof."""
-    from pybn.folding import backward, forward  # noqa: PLC0415
-
     tested = {name.split(",")[0].split(" ")[0] for name in (*ROWS, *ABSORBERS)} | {"Add", "Concat", "Split"}
-    assert set(backward.BACKWARD) | set(forward.FORWARD) <= tested | {"Mul", "Sub", "Div", "Neg", "BatchNormalization"}
-    assert math.isfinite(len(tested))
+    assert set(backward.BACKWARD) | set(forward.FORWARD) <= tested
