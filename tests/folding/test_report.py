@@ -704,7 +704,7 @@ def test_text_lists_batch_norms_and_counts_the_others(capsys):
 
 def test_text_of_a_large_model_is_short_and_names_what_failed(capsys):
     rows = (*(folded(f"bn{i}") for i in range(60)), folded("last", route=("Add", "Conv")))
-    stays = tuple(left(f"left{i}", reason=Reason.GRAPH_OUTPUT) for i in range(30))
+    stays = tuple(left(f"left{i}", reason=Reason.GRAPH_OUTPUT, detail=f"it is output {i}") for i in range(30))
     check = replace(
         full().check,
         folds=(FoldCheck("a", "main", ("bn7",), 1.0, 0.1, False), FoldCheck("b", "main", ("bn8",), 0.1, 1.0, True)),
@@ -719,6 +719,15 @@ def test_text_of_a_large_model_is_short_and_names_what_failed(capsys):
     assert any(line.startswith("30 graph-output left0") for line in lines)
     assert len(lines) < 20
     assert len(printed(capsys, large, everything=True).splitlines()) > 90
+
+
+def test_text_says_the_same_of_several_once(capsys):
+    alike = FoldReport((left("a"), left("b"), left("c", detail="it follows Sigmoid"), left("d")))
+    lines = [" ".join(line.split()) for line in printed(capsys, alike).splitlines()]
+    assert any(line.startswith("a and 2 more no-linear-producer it follows Relu") for line in lines)
+    assert any(line.startswith("c no-linear-producer it follows Sigmoid") for line in lines)
+    everything = printed(capsys, alike, everything=True)
+    assert all(f"\n{name} " in everything for name in "abcd")
 
 
 def test_text_shows_a_failed_fold_that_is_no_batch_norm(capsys):
