@@ -507,18 +507,27 @@ class RowWalk {
   std::ptrdiff_t stride_, ahead_;
 };
 
-// Whole steps of kRows rows that are kAheadBytes or more.
+// Applications take wide rows one by one. Rows of 2 KiB and more, and what is fetched ahead of them, would share so few
+// sets of an L1 cache that they evict one another (inference on a 256x512 matrix took twice as long).
+constexpr std::size_t kWideRowBytes = 2048;
 template <class T>
-PYBN_INLINE std::ptrdiff_t rows_ahead(const Block& block) {
-  const std::size_t bytes = kRows * block.channels * sizeof(T);
-  return static_cast<std::ptrdiff_t>(kRows * ((kAheadBytes + bytes - 1) / bytes));
+PYBN_INLINE bool has_wide_rows(const Block& block) {
+  return block.channels * sizeof(T) >= kWideRowBytes;
 }
 
-// Calls rows(o, count) for kRows rows at a time, then for the rest one by one; `count` is a Count.
+// Whole steps of `together` rows that are kAheadBytes or more.
+template <class T>
+PYBN_INLINE std::ptrdiff_t rows_ahead(const Block& block, std::size_t together) {
+  const std::size_t bytes = together * block.channels * sizeof(T);
+  return static_cast<std::ptrdiff_t>(together * ((kAheadBytes + bytes - 1) / bytes));
+}
+
+// Calls rows(o, count) for `together` rows at a time, kRows or 1, then for the rest one by one; `count` is a Count.
 template <class Rows>
-PYBN_INLINE void for_each_rows(std::size_t outer, Rows rows) {
+PYBN_INLINE void for_each_rows(std::size_t outer, std::size_t together, Rows rows) {
   std::size_t o = 0;
-  for (; o + kRows <= outer; o += kRows) rows(o, Count<kRows>{});
+  if (together == kRows)
+    for (; o + kRows <= outer; o += kRows) rows(o, Count<kRows>{});
   for (; o < outer; ++o) rows(o, Count<1>{});
 }
 
@@ -546,9 +555,9 @@ struct Rows {
   template <class T>
   static void stats(Block block, Operand<const T> x, const T* shift, double* sum, double* squares) noexcept {
     constexpr int N = kDoubles;
-    const std::ptrdiff_t ahead = rows_ahead<T>(block);
+    const std::ptrdiff_t ahead = rows_ahead<T>(block, kRows);
     set_to_zero(block, sum, squares);
-    for_each_rows(block.outer, [&](std::size_t o, auto count) {
+    for_each_rows(block.outer, kRows, [&](std::size_t o, auto count) {
       RowWalk<const T> xs(x, o, ahead);
       for_each_channel_vector<N>(block.channels, [&](auto lanes, std::size_t c) {
         const Doubles wide_shift = widen(load<N>(lanes, shift + c));
@@ -569,8 +578,9 @@ struct Rows {
     constexpr int N = kLanes<T>;
     const Act act(fusion);
     const Operand<const T> residual = kResidual ? fusion.residual : x;
-    const std::ptrdiff_t ahead = rows_ahead<T>(block);
-    for_each_rows(block.outer, [&](std::size_t o, auto count) {
+    const std::size_t together = has_wide_rows<T>(block) ? 1 : kRows;
+    const std::ptrdiff_t ahead = rows_ahead<T>(block, together);
+    for_each_rows(block.outer, together, [&](std::size_t o, auto count) {
       RowWalk<const T> xs(x, o, ahead), residuals(residual, o, ahead);
       RowWalk<T> ys(y, o, ahead);
       for_each_channel_vector<N>(block.channels, [&](auto lanes, std::size_t c) {
@@ -597,9 +607,9 @@ struct Rows {
     constexpr int N = kDoubles;
     const Act act(fusion);
     const Operand<const T> residual = Act::kReadsResidual ? fusion.residual : x;
-    const std::ptrdiff_t ahead = rows_ahead<T>(block);
+    const std::ptrdiff_t ahead = rows_ahead<T>(block, kRows);
     set_to_zero(block, sum_dy, sum_dy_xmu);
-    for_each_rows(block.outer, [&](std::size_t o, auto count) {
+    for_each_rows(block.outer, kRows, [&](std::size_t o, auto count) {
       RowWalk<const T> dys(dy, o, ahead), xs(x, o, ahead), residuals(residual, o, ahead);
       for_each_channel_vector<N>(block.channels, [&](auto lanes, std::size_t c) {
         const auto a = load<N>(lanes, affine, c);
@@ -632,8 +642,9 @@ struct Rows {
     const Operand<const T> residual = Act::kReadsResidual ? fusion.residual : x;
     const bool has_dresidual = kGivesResidual<Act> && dresidual;
     if (!has_dresidual) dresidual = dx;
-    const std::ptrdiff_t ahead = rows_ahead<T>(block);
-    for_each_rows(block.outer, [&](std::size_t o, auto count) {
+    const std::size_t together = has_wide_rows<T>(block) ? 1 : kRows;
+    const std::ptrdiff_t ahead = rows_ahead<T>(block, together);
+    for_each_rows(block.outer, together, [&](std::size_t o, auto count) {
       RowWalk<const T> dys(dy, o, ahead), xs(x, o, ahead), residuals(residual, o, ahead);
       RowWalk<T> dxs(dx, o, ahead), dresiduals(dresidual, o, ahead);
       for_each_channel_vector<N>(block.channels, [&](auto lanes, std::size_t c) {

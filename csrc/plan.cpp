@@ -32,8 +32,10 @@ constexpr std::size_t kSerialBytes = 1 << 18;
 // What an application moves per task: enough to hide the cost of taking a task, little enough to balance two threads.
 constexpr std::size_t kApplicationBytes = 1 << 18;
 
-// Tasks per thread that even out threads of unequal speed.
+// Tasks per thread that even out threads of unequal speed; fewer if they would be smaller than kTaskBytes, because
+// narrow pieces of a small matrix cost more than an uneven end.
 constexpr std::size_t kTasksPerThread = 4;
+constexpr std::size_t kTaskBytes = 1 << 18;
 
 std::size_t ceil_div(std::size_t a, std::size_t b) {
   return (a + b - 1) / b;
@@ -53,12 +55,18 @@ std::size_t l2_bytes() {
   return bytes;
 }
 
-int threads_for(const Extents& e, std::size_t bytes_per_value) {
-  return e.per_channel() * e.channels * bytes_per_value < kSerialBytes ? 1 : get_num_threads();
+std::size_t total_bytes(const Extents& e, std::size_t bytes_per_value) {
+  return e.per_channel() * e.channels * bytes_per_value;
 }
 
-std::size_t balanced_tasks(int threads) {
-  return threads == 1 ? 1 : kTasksPerThread * static_cast<std::size_t>(threads);
+int threads_for(const Extents& e, std::size_t bytes_per_value) {
+  return total_bytes(e, bytes_per_value) < kSerialBytes ? 1 : get_num_threads();
+}
+
+std::size_t balanced_tasks(const Extents& e, std::size_t bytes_per_value, int threads) {
+  if (threads == 1) return 1;
+  const auto least = static_cast<std::size_t>(threads);
+  return std::clamp(total_bytes(e, bytes_per_value) / kTaskBytes, least, kTasksPerThread * least);
 }
 
 Partition reduction_partition(const Extents& e) {
@@ -70,7 +78,7 @@ Partition reduction_partition(const Extents& e) {
 // Channels per task of a plan in which segments and groups of channels are both spread over the threads.
 std::size_t shared_group(const Partition& partition, std::size_t bytes_per_value, int threads) {
   const Extents& e = partition.extents;
-  const std::size_t tasks = balanced_tasks(threads);
+  const std::size_t tasks = balanced_tasks(e, bytes_per_value, threads);
   const std::size_t balanced = std::max<std::size_t>(1, e.channels / ceil_div(tasks, partition.segments()));
   if (e.is_rows()) return std::min(e.channels, round_up(balanced, kRowRun));
   return std::min({balanced, ceil_div(kRunBytes, e.inner * bytes_per_value), kGroup});
@@ -89,7 +97,7 @@ Tile tile_of(const Partition& partition, std::size_t segment, std::size_t first_
 Plan plan_reduction_and_application(const Extents& e, std::size_t bytes_per_value) {
   const Partition partition = reduction_partition(e);
   const int threads = threads_for(e, bytes_per_value);
-  const std::size_t tasks = balanced_tasks(threads);
+  const std::size_t tasks = balanced_tasks(e, bytes_per_value, threads);
 
   // A task keeps its channels to itself if what it reads twice stays in its L2 and every thread gets several such
   // groups. Four fifths of L2, not half: backward on 56x56 planes (two slabs, 784 KiB of 1 MiB) took 1.8 copies this
@@ -117,7 +125,7 @@ Plan plan_application(const Extents& e, std::size_t bytes_per_value) {
   const int threads = threads_for(e, bytes_per_value);
   // In planes and in rows a task has whole bytes of a mask.
   const std::size_t most = kApplicationBytes / bytes_per_value;
-  const std::size_t share = ceil_div(e.outer * e.channels * e.inner, balanced_tasks(threads));
+  const std::size_t share = ceil_div(e.outer * e.channels * e.inner, balanced_tasks(e, bytes_per_value, threads));
   const std::size_t values = round_up(std::min(most, share), kMaskValues);
   const std::size_t inner_step = std::min(e.inner, values);
   const std::size_t group = std::clamp<std::size_t>(values / inner_step, 1, e.channels);
