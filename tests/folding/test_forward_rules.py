@@ -399,8 +399,21 @@ def test_relu(seed, signs, dtype):
     proto = one_node("Relu", x.shape, dtype=dtype)
     folded, _, step = assert_passes(proto, affine, x, run=reference)
     kinds = [kind for kind, there in (("Max", (affine.scale > 0).any()), ("Min", (affine.scale < 0).any())) if there]
-    assert operators(folded) == kinds or (not kinds and operators(folded) == ["Relu"])
+    assert operators(folded) == (kinds or ["Relu"])
     assert step.cost == len(kinds)
+
+
+@pytest.mark.parametrize("scale", [0.5, -2.0])
+@pytest.mark.parametrize("opset", [8, 13])
+def test_relu_whose_bound_is_the_same_for_all_channels_becomes_clip(scale, opset):
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype("float32")
+    proto = one_node("Relu", x.shape, dtype="float32", opset=opset)
+    for affine in (Affine.everywhere(scale, 0.25), Affine(np.full(3, scale), np.full(3, 0.25))):
+        folded, _, step = assert_passes(proto, affine, x, run=runtime)
+        if opset >= 13:
+            assert (operators(folded), step.cost) == (["Clip"], 0)
+        else:
+            assert (operators(folded), step.cost) == (["Max" if scale > 0 else "Min"], 1)
 
 
 def test_relu_in_onnxruntime_for_every_type():
@@ -472,27 +485,32 @@ def test_clip(seed, bounds, same, opset, dtype):
         attributes = {name: b for name, b in zip(("min", "max"), bounds, strict=True) if b is not None}
         proto = one_node("Clip", x.shape, opset=opset, dtype=dtype, **attributes)
     folded, _, step = assert_passes(proto, affine, x, run=runtime)
-    if same and opset >= 11:
+    if bounds == (None, None):
+        assert operators(folded) == ["Identity"]
+    elif same and opset >= 11:
         assert operators(folded) == ["Clip"]
         assert step.cost == 0
     assert set(operators(folded)) <= {"Clip", "Max", "Min", "Identity"}
     assert step.cost == sum(kind in ("Max", "Min") for kind in operators(folded))
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("bound", [-1e30, 1e30])
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("op_type", ["Relu", "Clip"])
-def test_bounds_that_no_number_reaches(op_type, sign, bound):
+def test_bounds_that_no_number_reaches(op_type, sign, bound, alone):
     # The bound is -shift / scale, far beyond float32: either never reached, or always.
     affine = Affine(np.array([sign * 1e-20, 1.0]), np.array([-sign * 1e-20 * bound * 1e20, 0.5]))
     inputs = [np.array(0, "float32"), np.array(6, "float32")] if op_type == "Clip" else []
     x = np.array([[[-1e30, -1, 0, 1, 1e30], [-2, -1, 0, 1, 2]]], "float32")
+    if alone:
+        affine, x = affine.part(0, 1), x[:, :1]
     proto = one_node(op_type, x.shape, inputs, dtype="float32")
     folded, carries, _ = rewritten(proto, affine)
     expected = runtime(proto, x=mapped(affine, x.astype(float)).astype("float32"))[0]
     actual = mapped(carries[0], runtime(folded, x=x)[0].astype(float))
-    np.testing.assert_allclose(actual[:, 1], expected[:, 1], atol=1e-6)
     np.testing.assert_allclose(actual[:, 0], expected[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(actual[:, 1:], expected[:, 1:], atol=1e-6)
 
 
 def test_max_needs_an_opset_that_broadcasts():
@@ -653,6 +671,15 @@ def test_resize_that_touches_the_channels_or_extrapolates_is_refused(inputs, att
     assert refusal(proto, random_affine(np.random.default_rng(0), 3)) in (Reason.CHANNEL_AXIS_UNPROVEN, Reason.PADDING)
 
 
+def test_resize_by_scales_that_only_a_run_knows_is_refused():
+    proto = one_node("Resize", [1, 3, 4, 4], [None, np.ones(4, "float32")], dtype="float32")
+    del proto.graph.initializer[:]
+    proto.graph.input.append(helper.make_tensor_value_info("k1", onnx.TensorProto.FLOAT, [4]))
+    # A scale of 1.2 would leave three channels, too.
+    assert proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value == 3
+    assert refusal(proto, random_affine(np.random.default_rng(0), 3)) is Reason.CHANNEL_AXIS_UNPROVEN
+
+
 # Joining and cutting
 
 
@@ -759,6 +786,33 @@ def test_a_shift_passes_add(other, index):
     affine = random_affine(rng, 3).only_shift()
     assert_passes(proto, affine, x, index=index, z=z)
     assert refusal(proto, random_affine(rng, 3), index=index) is Reason.NO_LINEAR_CONSUMER
+
+
+def test_a_shift_passes_sub_with_its_sign():
+    rng = np.random.default_rng(0)
+    x, z = rng.normal(size=(2, 2, 3, 4))
+    affine = random_affine(rng, 3).only_shift()
+    for index, names in enumerate((["x", "z"], ["z", "x"])):
+        proto = one_node("Sub", x.shape, others=[("z", z.shape)])
+        proto.graph.node[0].input[:] = names
+        _, carries, _ = assert_passes(proto, affine, x, index=index, z=z)
+        assert carries[0].shift.tolist() == (affine.shift if index == 0 else -affine.shift).tolist()
+
+
+@pytest.mark.parametrize(
+    ("op_type", "inputs", "attributes"),
+    [
+        ("Conv", [np.ones((2, 3, 3))], {"pads": [1, 1]}),
+        ("Gemm", [np.ones((3, 2)), np.ones((2, 2))], {}),
+        ("MatMul", [np.ones((4, 2))], {}),
+        ("Add", [np.ones((2, 3, 4))], {}),
+    ],
+)
+def test_what_needs_to_broadcast_is_refused_in_opsets_that_do_not(op_type, inputs, attributes):
+    shape, axis = ([2, 3], 1) if op_type == "Gemm" else ([2, 3, 4], 2 if op_type == "MatMul" else 1)
+    proto = one_node(op_type, shape, inputs, opset=6, **attributes)
+    affine = Affine(np.ones(shape[axis]), np.ones(shape[axis]), axis)
+    assert refusal(proto, affine) is Reason.OLD_OPSET
 
 
 def test_a_channel_that_add_makes_many_of_is_refused():
