@@ -18,7 +18,7 @@ import onnx_ir as ir
 from pybn.folding import axes, backward
 from pybn.folding.affine import Affine, Array, Float64, is_supported, round_to
 from pybn.folding.graph import Facts, attribute, unavailable
-from pybn.folding.reasons import FoldError, Reason, Refusal
+from pybn.folding.reasons import Reason, Refusal
 from pybn.folding.sources import chain_constant
 from pybn.folding.steps import AttributeValue, Insert, Rewrite, Rule, Step
 from pybn.folding.weights_forward import (
@@ -35,9 +35,8 @@ from pybn.folding.weights_forward import (
 # ONNX stores attributes as float32, so this is the slope of a LeakyRelu that does not name one.
 DEFAULT_SLOPE = float(np.float32(0.01))
 
-# Since these opsets operators broadcast as NumPy does, and Max and Min take bfloat16.
-BROADCASTING_ADD = 7
-BROADCASTING_MAX = 8
+# Since these opsets the bias of Gemm broadcasts as in NumPy, and Max and Min take bfloat16.
+BROADCASTING_GEMM = 7
 BFLOAT16_MAX = 13
 
 # Since opset 11 the bounds of Clip are inputs, since 12 it takes every type that Relu does but bfloat16, since 13 all.
@@ -127,7 +126,7 @@ def gemm(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refu
     constants = {1: round_to(scaled, weight.dtype, "the folded weight")}
     if not added.any():
         return Step((Rewrite(node, constants),))
-    if facts.opset(node) < BROADCASTING_ADD:
+    if facts.opset(node) < BROADCASTING_GEMM:
         return Refusal(Reason.OLD_OPSET, f"Gemm of opset {facts.opset(node)} broadcasts its bias in another way")
     bias = _bias(node, weight, facts)
     if isinstance(bias, Refusal):
@@ -154,10 +153,10 @@ def matmul(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Re
     if not added.any():
         return Step((Rewrite(node, constants),))
     bias = round_to(added, weight.dtype, "the folded bias")
-    if rank == 2 and facts.opset(node) >= BROADCASTING_ADD:
+    if rank == 2 and facts.opset(node) >= BROADCASTING_GEMM:
         otherwise = Step((Rewrite(node, {**constants, 2: bias}, op_type="Gemm"),))
     else:
-        otherwise = Step((Rewrite(node, constants, after=(_add_behind(node, bias, facts),)),))
+        otherwise = Step((Rewrite(node, constants, after=(Insert("Add", (bias,)),)),))
     onward = Affine(np.ones_like(added), added, rank - 1)
     return Step((Rewrite(node, constants),), ((0, onward),), otherwise=otherwise)
 
@@ -257,8 +256,8 @@ def _clamp(
     if opset >= CLIP_WITH_INPUTS[node.op_type] and all((bound == bound[0]).all() for _, bound in needed):
         bounds = {{"Max": 1, "Min": 2}[op_type]: np.asarray(bound[0], dtype) for op_type, bound in needed}
         return Step((Rewrite(node, {**rest, **bounds}, op_type="Clip"),), carries)
-    if opset < (BFLOAT16_MAX if dtype.name == "bfloat16" else BROADCASTING_MAX):
-        return Refusal(Reason.OLD_OPSET, f"{needed[0][0]} of opset {opset} does not broadcast {dtype.name}")
+    if opset < BFLOAT16_MAX and dtype.name == "bfloat16":
+        return Refusal(Reason.OLD_OPSET, f"{needed[0][0]} of opset {opset} does not take bfloat16")
     rank = facts.rank(node.inputs[0])
     (op_type, constant), *more = ((kind, chain_constant(bound, onward, rank, dtype)) for kind, bound in needed)
     after = tuple(Insert(other, (bound,)) for other, bound in more)
@@ -330,7 +329,7 @@ def average_pool(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Ste
             added, data_share(window, size) if window.is_padded and size is not None else np.ones(1)
         )
     border = round_to(added[None], dtype, "the map of the borders")
-    return Step((Rewrite(node, after=(_add_behind(node, border, facts),)),), ((0, affine.only_scale()),))
+    return Step((Rewrite(node, after=(Insert("Add", (border,)),)),), ((0, affine.only_scale()),))
 
 
 def reduce_mean(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
@@ -451,8 +450,6 @@ def slice_(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Re
 
 def add(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """Add and Sub of two operands: a shift of one is a shift of the result."""
-    if facts.opset(node) < BROADCASTING_ADD:
-        return Refusal(Reason.OLD_OPSET, f"{node.op_type} of opset {facts.opset(node)} broadcasts in another way")
     if not affine.keeps_scale:
         return Refusal(Reason.NO_LINEAR_CONSUMER, f"only a shift of one operand passes {node.op_type}")
     if node.op_type == "Sub" and index == 1:
@@ -565,7 +562,7 @@ def _with_added(node: ir.Node, weight: Array, scaled: Float64, added: Float64, f
         ):
             return Refusal(Reason.PADDING, f"the output of {node.op_type} has another size than its padding makes")
         border = round_to(added[None], weight.dtype, "the map of the borders")
-        return Step((Rewrite(node, constants, after=(_add_behind(node, border, facts),)),))
+        return Step((Rewrite(node, constants, after=(Insert("Add", (border,)),)),))
     bias = _bias(node, weight, facts)
     if isinstance(bias, Refusal):
         return bias
@@ -576,13 +573,6 @@ def _with_added(node: ir.Node, weight: Array, scaled: Float64, added: Float64, f
         total = total + bias.astype(np.float64)
     constants[2] = round_to(total, weight.dtype, "the folded bias")
     return Step((Rewrite(node, constants),))
-
-
-def _add_behind(node: ir.Node, constant: Array, facts: Facts) -> Insert:
-    """Make the Add that follows an operator which cannot take up a constant itself."""
-    if facts.opset(node) < BROADCASTING_ADD:
-        raise FoldError(Reason.OLD_OPSET, f"Add of opset {facts.opset(node)} broadcasts in another way")
-    return Insert("Add", (constant,))
 
 
 def _windows(node: ir.Node, kernel: Sequence[int], facts: Facts) -> list[Window] | Refusal:

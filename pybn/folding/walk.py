@@ -195,11 +195,13 @@ class Walk:
                 return Refusal(no_rule, f"{follows} {op_type}")
             self._require_broadcasting(node, op_type)
             step = rule(node, index, affine, self._facts)
-            if isinstance(step, Step):
-                for rewrite in step.rewrites:
+            way = step if isinstance(step, Step) else None
+            while way is not None:
+                for rewrite in way.rewrites:
                     self._require_broadcasting(
                         node, *(insert.op_type for insert in rewrite.after), rewrite.op_type or op_type
                     )
+                way = way.otherwise
             return step
         except FoldError as error:
             return Refusal(error.reason, str(error))

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from fold_models import ONNX_TYPE, batch_norm, batch_norms, bn_node, model, runtime
+from fold_models import ONNX_TYPE, batch_norm, batch_norms, bn_node, model, runtime, value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
@@ -50,12 +50,12 @@ def one_node(op_type, shape, inputs=(), *, outputs=1, dtype="float64", opset=17,
         [helper.make_tensor_value_info(name, onnx.TensorProto.UNDEFINED, None) for name in results],
         [ir.to_proto(ir.tensor(np.asarray(array), name=name)) for name, array in constants.items()],
     )
-    for value in graph.output:
-        value.ClearField("type")
+    for output in graph.output:
+        output.ClearField("type")
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
-    for value, known in zip(proto.graph.output, inferred.graph.output, strict=True):
-        value.CopyFrom(known)
+    for output, known in zip(proto.graph.output, inferred.graph.output, strict=True):
+        output.CopyFrom(known)
     return proto
 
 
@@ -513,11 +513,6 @@ def test_bounds_that_no_number_reaches(op_type, sign, bound, alone):
     np.testing.assert_allclose(actual[:, 1:], expected[:, 1:], atol=1e-6)
 
 
-def test_max_needs_an_opset_that_broadcasts():
-    affine = Affine(np.array([-1.0, 2.0]), np.array([1.0, 1.0]))
-    assert refusal(one_node("Relu", [1, 2, 3], opset=7), affine) is Reason.OLD_OPSET
-
-
 def test_clip_with_bounds_in_the_wrong_order_is_refused():
     proto = one_node("Clip", [1, 2, 3], [np.array(1.0), np.array(-1.0)])
     assert refusal(proto, Affine(np.ones(2), np.ones(2))) is Reason.NOT_FINITE
@@ -799,22 +794,6 @@ def test_a_shift_passes_sub_with_its_sign():
         assert carries[0].shift.tolist() == (affine.shift if index == 0 else -affine.shift).tolist()
 
 
-@pytest.mark.parametrize(
-    ("op_type", "inputs", "attributes"),
-    [
-        ("Conv", [np.ones((2, 3, 3))], {"pads": [1, 1]}),
-        ("Gemm", [np.ones((3, 2)), np.ones((2, 2))], {}),
-        ("MatMul", [np.ones((4, 2))], {}),
-        ("Add", [np.ones((2, 3, 4))], {}),
-    ],
-)
-def test_what_needs_to_broadcast_is_refused_in_opsets_that_do_not(op_type, inputs, attributes):
-    shape, axis = ([2, 3], 1) if op_type == "Gemm" else ([2, 3, 4], 2 if op_type == "MatMul" else 1)
-    proto = one_node(op_type, shape, inputs, opset=6, **attributes)
-    affine = Affine(np.ones(shape[axis]), np.ones(shape[axis]), axis)
-    assert refusal(proto, affine) is Reason.OLD_OPSET
-
-
 def test_a_channel_that_add_makes_many_of_is_refused():
     proto = one_node("Add", [2, 1, 4], others=[("z", [2, 3, 4])])
     assert refusal(proto, Affine(np.ones(1), np.ones(1))) is Reason.CHANNEL_AXIS_UNPROVEN
@@ -961,6 +940,27 @@ def test_without_aggressive_no_operator_is_traded_for_another():
         **dict.fromkeys({*before, *after}, 0),
         "BatchNormalization": 7,
     }
+
+
+@pytest.mark.parametrize("then", ["Relu", "Conv", "Add"])
+def test_what_needs_to_broadcast_stays_in_opsets_that_do_not(then):
+    rng = np.random.default_rng(0)
+    constants = {"w": rng.normal(size=(3, 3, 3)), **batch_norm(rng, 3, "float64")}
+    norm = bn_node("x", "n", is_test=1)
+    inputs, attributes = {"Conv": (["w"], {"pads": [1, 1]}), "Add": (["x"], {}), "Relu": ([], {})}[then]
+    nodes = [norm, helper.make_node(then, ["n", *inputs], ["r"], **attributes)]
+    nodes += [helper.make_node("Conv", ["r", "w"], ["y"])]
+    proto = model(
+        nodes,
+        constants,
+        ["N", 3, 6],
+        ["N", 3, 4],
+        dtype="float64",
+        opset=6,
+        ir_version=3,
+        inputs=[value(name, array.shape, "float64") for name, array in constants.items()],
+    )
+    assert fold_onnx(proto, aggressive=True).model == proto
 
 
 def test_a_linear_layer_of_sequences_keeps_its_matmul_and_add():
