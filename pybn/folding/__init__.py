@@ -9,6 +9,11 @@ Read in this order; each file uses only those above it:
 - ``rules``       one function per operator: how a map that follows it passes through it
 - ``editor``      changing a graph: new constants, a batch norm taken out
 - ``report``      what was folded, what was left, and what the check found
+- ``neighbours``  the surroundings of a node, for the report
+- ``ranges``      how large weights are before and after, for the report
+- ``sketch``      a small graph laid out
+- ``picture``     the ranges as a picture
+- ``html``        the report as a page, from ``templates``
 - ``files``       reading models without trusting them, writing them atomically
 - ``onnx``        the fold of a whole model
 - ``segments``    where two models differ: values of both that they compute in different ways

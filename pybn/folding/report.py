@@ -7,7 +7,9 @@ and the picture that people see are made from it: `pybn.terminal`, `pybn.folding
 from __future__ import annotations
 
 import json
+import math
 import types
+from collections import Counter
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
@@ -65,6 +67,11 @@ class Fold:
     outputs: tuple[str, ...]
     cost: int
     scale_range: tuple[float, float]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The graph and the name, by which the check knows the fold."""
+        return self.graph, self.name
 
 
 @dataclass(frozen=True)
@@ -129,25 +136,30 @@ Row: TypeAlias = Fold | Left
 class Spread:
     """How large the weights of an operator are, by output channel.
 
-    The scale of a channel is its largest |w|: what one quantisation step per channel is proportional to. With one step
-    per tensor, ``log2(largest / smallest)`` is the number of bits that the smallest channel loses.
+    The scale of a channel is its largest |w|: a quantisation step per channel is proportional to it. A step per tensor
+    is proportional to the largest scale, which costs the channel of the smallest one `bits`.
 
     Attributes
     ----------
-    least : float
-        The least |w| > 0 of the tensor; 0 if all are zero.
-    smallest, median, largest : float
-        Of the scales of the channels that are not all zero; 0 if all are.
+    least_weight : float
+        The least |w| > 0 of the tensor; 0 if all weights are zero.
+    smallest_scale, median_scale, largest_scale : float
+        Over the channels that are not all zero; 0 if all are.
     channels, zero_channels : int
         Output channels, and those among them whose weights are all zero.
     """
 
-    least: float
-    smallest: float
-    median: float
-    largest: float
+    least_weight: float
+    smallest_scale: float
+    median_scale: float
+    largest_scale: float
     channels: int
     zero_channels: int
+
+    @property
+    def bits(self) -> float:
+        """Bits that one step per tensor costs the smallest channel: log2(largest / smallest). NaN if there are none."""
+        return math.log2(self.largest_scale) - math.log2(self.smallest_scale) if self.smallest_scale > 0 else math.nan
 
 
 @dataclass(frozen=True)
@@ -235,6 +247,13 @@ class OutputCheck:
     passed: bool
 
 
+def closeness(check: FoldCheck | OutputCheck) -> float:
+    """Return the error as a part of the bound; infinity for what did not pass."""
+    if not check.passed:
+        return math.inf
+    return check.error / check.bound if check.bound else 0.0
+
+
 @dataclass(frozen=True)
 class Timing:
     """Median seconds per run of both models, optimised by the runtime or not."""
@@ -288,6 +307,14 @@ class Check:
     def passed(self) -> bool:
         """Whether every fold and every output is within its bound."""
         return all(f.passed for f in self.folds) and all(o.passed for o in self.outputs)
+
+    @property
+    def by_fold(self) -> dict[tuple[str, str], FoldCheck]:
+        """What was found of each fold, by its `Fold.key`: of several values, the one that is closest to its bound."""
+        found: dict[tuple[str, str], FoldCheck] = {}
+        for check in sorted(self.folds, key=closeness):
+            found |= {(check.graph, name): check for name in check.folds}
+        return found
 
     @property
     def runtime_agrees(self) -> bool:
@@ -362,6 +389,11 @@ class FoldReport:
             "affines_left": affines_left,
         }
 
+    @property
+    def aggressive_would(self) -> dict[str, int]:
+        """What ``aggressive`` would do, and to how many of the rows that stay; the most frequent first."""
+        return dict(Counter(row.would for row in self.left if row.would is not None).most_common())
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, ready for JSON; ``docs/report.md`` says what they mean.
 
@@ -416,7 +448,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, Reason):
         return value.value
-    if isinstance(value, float) and value - value != 0.0:
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
@@ -427,7 +459,10 @@ def _read(kind: Any, value: Any) -> Any:
     if origin in (Union, types.UnionType):
         if type(None) in arguments:
             return None if value is None else _read(arguments[0], value)
-        return _read(Fold if value["status"] == "folded" else Left, value)  # `Row`, the only other union
+        status = value["status"]  # of a `Row`, the only other union
+        if status not in ("folded", "left"):
+            raise ValueError(f"{status!r} is neither 'folded' nor 'left'")
+        return _read(Fold if status == "folded" else Left, value)
     if origin is tuple:
         if not isinstance(value, list):
             raise TypeError(f"{value!r} is not a list")
@@ -437,7 +472,7 @@ def _read(kind: Any, value: Any) -> Any:
         items = {field.name: _read(hints[field.name], value[field.name]) for field in fields(kind)}
         return kind(**items)  # type: ignore[operator]  # mypy takes it for an instance
     if kind is float:
-        return float("nan") if value is None else float(value)
+        return math.nan if value is None else float(value)
     if origin is Literal:
         if value not in arguments:
             raise ValueError(f"{value!r} is none of {', '.join(arguments)}")
