@@ -541,3 +541,40 @@ def test_opsets_back_to_those_that_onnxruntime_does_not_run(opset):
 def test_right_folds_pass_at_every_magnitude(kind, seed, exponent):
     before, after = passed_pair(kind, rng=np.random.default_rng(seed), magnitude=10.0**exponent)
     assert check(before, after, count=1).passed
+
+
+# Large models
+
+
+def with_table(proto, rows):
+    """Add a lookup in a table of 1 kB a row, which is in a file."""
+    table = proto.graph.initializer.add(name="table", data_type=onnx.TensorProto.FLOAT, dims=[rows, 256])
+    table.data_location = onnx.TensorProto.EXTERNAL
+    for key, entry in (("location", "table.bin"), ("offset", "0"), ("length", str(rows * 1024))):
+        table.external_data.add(key=key, value=entry)
+    proto.graph.input.append(helper.make_tensor_value_info("row", onnx.TensorProto.INT64, [1]))
+    proto.graph.node.append(node("Gather", "table row", "found"))
+    proto.graph.output.append(value("found", [1, 256]))
+    return proto
+
+
+def test_a_model_of_more_than_two_gigabytes_is_checked_from_its_files(tmp_path):
+    rows = 2_200_000
+    with (tmp_path / "table.bin").open("wb") as file:
+        file.truncate(rows * 1024)  # sparse: it takes no space
+    before, after = (with_table(proto, rows) for proto in typed_pair("float32"))
+    inputs = random_inputs(before, 1, folder=tmp_path)
+    result = verify(before, after, FoldReport((fold_row("bn", "n"),)), inputs, folder=tmp_path)
+    assert result.passed
+    assert [fold.output for fold in result.folds] == ["n"]
+    wrong = typed_pair("float32", off=1.01)[1]
+    result = verify(before, with_table(wrong, rows), FoldReport((fold_row("bn", "n"),)), inputs, folder=tmp_path)
+    assert failures(result) == [("n", ("bn",))]
+
+
+def test_a_model_too_large_for_one_message_is_run_from_a_file(monkeypatch):
+    monkeypatch.setattr("pybn.folding.verify.LARGE", 100)
+    right = check(*typed_pair("float32"), fold_row("bn", "n"))
+    assert right.passed
+    assert [fold.folds for fold in right.folds] == [("bn",)]
+    assert failures(check(*typed_pair("float32", off=1.01), fold_row("bn", "n"))) == [("n", ("bn",))]
