@@ -22,9 +22,18 @@ Read in this order; each file uses only those above it:
 - ``passes``           the same as a pass of onnx-ir
 - ``files``            reading models without trusting them, writing them atomically
 - ``onnx``             `fold_onnx`
-- ``runtime``          running models, and timing them
-- ``inputs``           what to run them on
-- ``fold_proof``       the rounding bound of one fold, and the comparison with it
+- ``ranges``           how large weights are before and after, for the report
+- ``sketch``           a small graph laid out
+- ``picture``          the ranges as a picture
+- ``html``             the report as a page, from ``templates``
+- ``segments``         where two models differ: values of both that they compute in different ways
+- ``inlining``         local functions put where they are called, so that this can be seen
+- ``widening``         bfloat16 models for runtimes that do not know the type
+- ``runtime``          running models and single operators, and timing them
+- ``majorant``         how far rounding may move a value: one rule per operator
+- ``inputs``           what to run models on
+- ``fold_proof``       the rounding bound of one difference, and the comparison with it
+- ``probing``          graphs changed to look into them, and to move values inside
 - ``verify``           the comparison of a folded model with its original
 
 Importing this package needs NumPy only; `fold_onnx` needs ``pybn[onnx]``.
