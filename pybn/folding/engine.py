@@ -19,7 +19,7 @@ from pybn.folding.reasons import Reason, Refusal
 from pybn.folding.report import Direction, Fold, FoldReport, Left
 from pybn.folding.sources import Source
 
-Progress: TypeAlias = Callable[[int, int], None]
+Progress: TypeAlias = Callable[[Iterable[ir.Node]], Iterable[ir.Node]]
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,10 @@ class _Engine:
                 self._origins[node] = _Origin(node, display_name(node), node.op_type, output, scope.label)
                 self._names.update(value.name for value in node.outputs if value.name)
         affine = [node for node in self._origins if sources.read(node, self._facts) is not None]
-        self._total = len(affine)
         _require_names("only", options.only, (self._origins[node].name for node in affine))
         _require_names("skip", options.skip, (origin.name for origin in self._origins.values()))
         self._frozen = {node for node, origin in self._origins.items() if origin.name in options.skip}
-        self._done: set[ir.Node] = set()
+        self._begun = False
 
     def run(self) -> FoldReport:
         # Trades come last, when all that is free has been had.
@@ -94,12 +93,15 @@ class _Engine:
     def _pass(self, *, trades: bool) -> bool:
         """Try to fold every affine node once. In graph order, what is upstream has settled before."""
         folded = False
-        for scope in list(scopes(self._model)):
-            for node in list(scope.graph):
-                found = sources.read(node, self._facts)
-                if found is not None:
-                    folded = self._fold(node, found, trades=trades) or folded
-                    self._tell(node)
+        nodes: Iterable[ir.Node] = [node for scope in scopes(self._model) for node in scope.graph]
+        if self._options.progress is not None and not self._begun:
+            nodes = self._options.progress(nodes)
+        self._begun = True
+        for node in nodes:
+            # A Constant may have gone with what used it.
+            found = None if node.graph is None else sources.read(node, self._facts)
+            if found is not None:
+                folded = self._fold(node, found, trades=trades) or folded
         return folded
 
     def _fold(self, node: ir.Node, found: Source | Refusal, *, trades: bool) -> bool:
@@ -199,12 +201,6 @@ class _Engine:
             cost=origin.cost,
             scale_range=origin.scale_range,
         )
-
-    def _tell(self, node: ir.Node) -> None:
-        """Report progress, once per affine node of the original."""
-        if self._options.progress is not None and node in self._origins and node not in self._done:
-            self._done.add(node)
-            self._options.progress(len(self._done), max(self._total, len(self._done)))
 
 
 def _require_names(option: str, names: Collection[str], known: Iterable[str]) -> None:
