@@ -19,7 +19,7 @@ from pybn.folding.reasons import Reason, Refusal
 from pybn.folding.report import Direction, Fold, FoldReport, Left
 from pybn.folding.sources import Source
 
-Progress: TypeAlias = Callable[[Iterable[ir.Node]], Iterable[ir.Node]]
+Progress: TypeAlias = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class _Engine:
         _require_names("only", options.only, (self._origins[node].name for node in affine))
         _require_names("skip", options.skip, (origin.name for origin in self._origins.values()))
         self._frozen = {node for node, origin in self._origins.items() if origin.name in options.skip}
-        self._begun = False
+        self._waiting = set(affine)
+        self._total = len(affine)
 
     def run(self) -> FoldReport:
         # Trades come last, when all that is free has been had.
@@ -93,16 +94,19 @@ class _Engine:
     def _pass(self, *, trades: bool) -> bool:
         """Try to fold every affine node once. In graph order, what is upstream has settled before."""
         folded = False
-        nodes: Iterable[ir.Node] = [node for scope in scopes(self._model) for node in scope.graph]
-        if self._options.progress is not None and not self._begun:
-            nodes = self._options.progress(nodes)
-        self._begun = True
-        for node in nodes:
+        for node in [node for scope in scopes(self._model) for node in scope.graph]:
             # A Constant may have gone with what used it.
             found = None if node.graph is None else sources.read(node, self._facts)
             if found is not None:
                 folded = self._fold(node, found, trades=trades) or folded
+                self._tell(node)
         return folded
+
+    def _tell(self, node: ir.Node) -> None:
+        """Report progress, once per affine node of the original."""
+        if self._options.progress is not None and node in self._waiting:
+            self._waiting.remove(node)
+            self._options.progress(self._total - len(self._waiting), self._total)
 
     def _fold(self, node: ir.Node, found: Source | Refusal, *, trades: bool) -> bool:
         """Fold one node, or note why not."""

@@ -69,7 +69,7 @@ def fold_onnx(
     only : collection of str
         Names of the affine nodes that are to be folded; empty: all.
     progress : callable, optional
-        Wraps the iteration over the model's nodes, as `tqdm.tqdm` does.
+        Called with the number of affine nodes that have been looked at, and with that of all.
     folder : Path, optional
         Where the external data of a ModelProto is, if it has any.
 
