@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from pybn import terminal
 from pybn.failure import FAILED, WRONG_USAGE, fail, say
 
 if TYPE_CHECKING:
@@ -155,6 +154,9 @@ def fold(
     **Exit codes**: 0 done, also if there was nothing to fold; 1 a model cannot be read or written, the check failed, or
     more was left than `--max-left` allows: that model was not written; 2 wrong usage.
     """
+    # Here as elsewhere: imported where it is needed, because `--help` should not wait for it.
+    from pybn import terminal
+
     jobs = _jobs(paths, output_dir, in_place, dry_run)
     pages = report_files or []
     options = Options(
@@ -216,6 +218,7 @@ def inspect(
     """
     _require_name(source)
     _quiet_libraries()
+    from pybn import terminal
     from pybn.folding import inspection
 
     try:
@@ -291,6 +294,8 @@ def unfold(
     except Failed as error:
         fail(str(error))
     if not quiet:
+        from pybn import terminal
+
         for path in written:
             typer.echo(f"wrote {terminal.printable(str(path))}", err=target == STANDARD)
 
@@ -586,6 +591,8 @@ def _failures(check: Check) -> str:
 def _bar(what: str, *, hidden: bool) -> Iterator[Callable[[int, int], None]]:
     """Show how far something is, of which it is told what is done and what there is to do."""
     from rich.progress import Progress
+
+    from pybn import terminal
 
     console = terminal.error_console()
     with Progress(console=console, transient=True, disable=hidden or not console.is_terminal) as progress:

@@ -164,8 +164,8 @@ def dropout(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | R
     return Step(carries=((0, affine),))
 
 
-# Types, by name, that hold every value of another.
-_HOLDS = {
+# Types, by name, and those whose every value they hold.
+HOLDS = {
     "float16": {"float16"},
     "bfloat16": {"bfloat16"},
     "float32": {"float16", "bfloat16", "float32"},
@@ -176,9 +176,9 @@ _HOLDS = {
 def cast(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """Cast between floats, unless the map would be computed in a narrower type than it was."""
     before, after = facts.dtype(node.inputs[0]), facts.dtype(node.outputs[0])
-    if before is None or after is None or before.name not in _HOLDS:
+    if before is None or after is None or before.name not in HOLDS:
         return Refusal(Reason.NO_LINEAR_PRODUCER, f"it follows Cast, of {before} to {after}")
-    if after.name not in _HOLDS[before.name]:
+    if after.name not in HOLDS[before.name]:
         return Refusal(Reason.NARROWER_TYPE, f"before Cast it would be computed in {before.name}, not in {after.name}")
     return Step(carries=((0, affine),))
 
@@ -325,6 +325,8 @@ def _resize_keeps(node: ir.Node, axis: int, facts: Facts) -> bool:
         scales = None if array is None else array.tolist()
     if scales:
         return axis < len(scales) and scales[axis] == 1.0
+    if len(node.inputs) < 4 or node.inputs[3] is None:
+        return False  # scales that only a run knows: 1.2 keeps three channels three, and yet moves them
     before, after = facts.size(node.inputs[0], axis), facts.size(node.outputs[0], axis)
     return (
         before is not None and before == after and attribute(node, "keep_aspect_ratio_policy", "stretch") == "stretch"

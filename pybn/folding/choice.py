@@ -121,9 +121,7 @@ def choose(
             refusals.append(Refusal(error.reason, str(error)))
             continue
         if rest is None and choice.gain < 1:
-            refusals.insert(
-                0, Refusal(Reason.NO_GAIN, f"it could go, but no operator would be saved: {choice.describe()}")
-            )
+            refusals.insert(0, Refusal(Reason.NO_GAIN, f"no work would be saved; one could {choice.describe()}"))
         if best is None or choice.gain > best.gain:
             best = choice
         if best.gain >= sufficient:
@@ -191,7 +189,13 @@ def _types_disagree(source: Source) -> Refusal | None:
 
 
 def _explain(refusals: list[Refusal]) -> Refusal:
-    """Join why the map can go neither backward nor forward; the reason is the one of the way back."""
-    if len(refusals) < 2 or refusals[0].reason is Reason.NO_GAIN:
-        return refusals[0] if refusals else Refusal(Reason.NO_GAIN, "it could go, but no operator would be saved")
-    return Refusal(refusals[0].reason, f"{refusals[0].detail}; forward, {refusals[1].detail}")
+    """Join why the map can go neither backward nor forward. The reason is that of the way back, if there is one."""
+    if len(refusals) < 2:
+        return refusals[0] if refusals else Refusal(Reason.NO_GAIN, "no work would be saved")
+    first, second = refusals[:2]
+    words = "else" if first.reason is Reason.NO_GAIN else "forward"
+    nowhere = (Reason.NO_LINEAR_CONSUMER, Reason.FOREIGN_DOMAIN, Reason.GRAPH_OUTPUT)
+    reason = first.reason
+    if first.reason is Reason.NO_LINEAR_PRODUCER and second.reason not in nowhere:
+        reason = second.reason
+    return Refusal(reason, f"{first.detail}; {words}, {second.detail}")

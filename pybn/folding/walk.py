@@ -193,24 +193,27 @@ class Walk:
             rule = sources.rule(node, self._facts, backward=backward) or table.get(op_type)
             if rule is None:
                 return Refusal(no_rule, f"{follows} {op_type}")
-            return self._of_this_opset(rule(node, index, affine, self._facts), node)
+            self._require_broadcasting(node, op_type)
+            step = rule(node, index, affine, self._facts)
+            way = step if isinstance(step, Step) else None
+            while way is not None:
+                for rewrite in way.rewrites:
+                    self._require_broadcasting(
+                        node, *(insert.op_type for insert in rewrite.after), rewrite.op_type or op_type
+                    )
+                way = way.otherwise
+            return step
         except FoldError as error:
             return Refusal(error.reason, str(error))
         except AttributeNotConstant as error:
             return Refusal(Reason.ATTRIBUTE_NOT_CONSTANT, f"{error} of {op_type} is a parameter of the local function")
 
-    def _of_this_opset(self, step: Step | Refusal, node: ir.Node) -> Step | Refusal:
-        """Refuse operators that broadcast, where they did not yet, or in another way."""
+    def _require_broadcasting(self, node: ir.Node, *op_types: str) -> None:
+        """Raise FoldError for an operator that broadcasts, where it did not yet, or in another way."""
         opset = self._facts.opset(node)
-        inserted: list[str] = []
-        if isinstance(step, Step) and opset < 8:
-            rewrites = step.rewrites
-            inserted = [insert.op_type for rewrite in rewrites for insert in rewrite.after]
-            inserted += [node.op_type, *(rewrite.op_type for rewrite in rewrites if rewrite.op_type is not None)]
-        old = [op_type for op_type in inserted if opset < BROADCASTS_SINCE.get(op_type, 0)]
-        if old:
-            return Refusal(Reason.OLD_OPSET, f"{old[0]} of opset {opset} broadcasts in another way")
-        return step
+        for op_type in op_types:
+            if opset < BROADCASTS_SINCE.get(op_type, 0):
+                raise FoldError(Reason.OLD_OPSET, f"{op_type} of opset {opset} broadcasts in another way")
 
     @staticmethod
     def _visit(node: ir.Node, step: Step) -> Plan:

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from fold_models import ONNX_TYPE, batch_norm, batch_norms, bn_node, model, runtime
+from fold_models import ONNX_TYPE, batch_norm, batch_norms, bn_node, model, runtime, value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
@@ -50,12 +50,12 @@ def one_node(op_type, shape, inputs=(), *, outputs=1, dtype="float64", opset=17,
         [helper.make_tensor_value_info(name, onnx.TensorProto.UNDEFINED, None) for name in results],
         [ir.to_proto(ir.tensor(np.asarray(array), name=name)) for name, array in constants.items()],
     )
-    for value in graph.output:
-        value.ClearField("type")
+    for output in graph.output:
+        output.ClearField("type")
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
-    for value, known in zip(proto.graph.output, inferred.graph.output, strict=True):
-        value.CopyFrom(known)
+    for output, known in zip(proto.graph.output, inferred.graph.output, strict=True):
+        output.CopyFrom(known)
     return proto
 
 
@@ -219,6 +219,16 @@ def test_conv_leaves_a_bias_alone_that_it_does_not_need():
     del proto.graph.output[0].type.tensor_type.shape.dim[2]
     proto.graph.output[0].type.tensor_type.shape.dim.add().dim_value = 4
     assert_passes(proto, affine, rng.normal(size=(1, 2, 5)), c=c)
+
+
+@pytest.mark.parametrize("op_type", ["Conv", "ConvTranspose", "Gemm", "MatMul"])
+def test_a_shift_leaves_the_weight_alone(op_type):
+    rng = np.random.default_rng(0)
+    shape = (2, 3) if op_type in ("Gemm", "MatMul") else (2, 3, 4)
+    proto = one_node(op_type, shape, [rng.normal(size=(3, 3, *shape[2:]))])
+    affine = random_affine(rng, 3).only_shift()
+    _, _, step = assert_passes(proto, affine, rng.normal(size=shape))
+    assert 1 not in step.rewrites[0].constants
 
 
 def convolve_transposed(proto, x):
@@ -399,8 +409,21 @@ def test_relu(seed, signs, dtype):
     proto = one_node("Relu", x.shape, dtype=dtype)
     folded, _, step = assert_passes(proto, affine, x, run=reference)
     kinds = [kind for kind, there in (("Max", (affine.scale > 0).any()), ("Min", (affine.scale < 0).any())) if there]
-    assert operators(folded) == kinds or (not kinds and operators(folded) == ["Relu"])
+    assert operators(folded) == (kinds or ["Relu"])
     assert step.cost == len(kinds)
+
+
+@pytest.mark.parametrize("scale", [0.5, -2.0])
+@pytest.mark.parametrize("opset", [8, 13])
+def test_relu_whose_bound_is_the_same_for_all_channels_becomes_clip(scale, opset):
+    x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype("float32")
+    proto = one_node("Relu", x.shape, dtype="float32", opset=opset)
+    for affine in (Affine.everywhere(scale, 0.25), Affine(np.full(3, scale), np.full(3, 0.25))):
+        folded, _, step = assert_passes(proto, affine, x, run=runtime)
+        if opset >= 13:
+            assert (operators(folded), step.cost) == (["Clip"], 0)
+        else:
+            assert (operators(folded), step.cost) == (["Max" if scale > 0 else "Min"], 1)
 
 
 def test_relu_in_onnxruntime_for_every_type():
@@ -472,32 +495,32 @@ def test_clip(seed, bounds, same, opset, dtype):
         attributes = {name: b for name, b in zip(("min", "max"), bounds, strict=True) if b is not None}
         proto = one_node("Clip", x.shape, opset=opset, dtype=dtype, **attributes)
     folded, _, step = assert_passes(proto, affine, x, run=runtime)
-    if same and opset >= 11:
+    if bounds == (None, None):
+        assert operators(folded) == ["Identity"]
+    elif same and opset >= 11:
         assert operators(folded) == ["Clip"]
         assert step.cost == 0
     assert set(operators(folded)) <= {"Clip", "Max", "Min", "Identity"}
     assert step.cost == sum(kind in ("Max", "Min") for kind in operators(folded))
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("bound", [-1e30, 1e30])
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("op_type", ["Relu", "Clip"])
-def test_bounds_that_no_number_reaches(op_type, sign, bound):
+def test_bounds_that_no_number_reaches(op_type, sign, bound, alone):
     # The bound is -shift / scale, far beyond float32: either never reached, or always.
     affine = Affine(np.array([sign * 1e-20, 1.0]), np.array([-sign * 1e-20 * bound * 1e20, 0.5]))
     inputs = [np.array(0, "float32"), np.array(6, "float32")] if op_type == "Clip" else []
     x = np.array([[[-1e30, -1, 0, 1, 1e30], [-2, -1, 0, 1, 2]]], "float32")
+    if alone:
+        affine, x = affine.part(0, 1), x[:, :1]
     proto = one_node(op_type, x.shape, inputs, dtype="float32")
     folded, carries, _ = rewritten(proto, affine)
     expected = runtime(proto, x=mapped(affine, x.astype(float)).astype("float32"))[0]
     actual = mapped(carries[0], runtime(folded, x=x)[0].astype(float))
-    np.testing.assert_allclose(actual[:, 1], expected[:, 1], atol=1e-6)
     np.testing.assert_allclose(actual[:, 0], expected[:, 0], rtol=1e-6)
-
-
-def test_max_needs_an_opset_that_broadcasts():
-    affine = Affine(np.array([-1.0, 2.0]), np.array([1.0, 1.0]))
-    assert refusal(one_node("Relu", [1, 2, 3], opset=7), affine) is Reason.OLD_OPSET
+    np.testing.assert_allclose(actual[:, 1:], expected[:, 1:], atol=1e-6)
 
 
 def test_clip_with_bounds_in_the_wrong_order_is_refused():
@@ -653,6 +676,15 @@ def test_resize_that_touches_the_channels_or_extrapolates_is_refused(inputs, att
     assert refusal(proto, random_affine(np.random.default_rng(0), 3)) in (Reason.CHANNEL_AXIS_UNPROVEN, Reason.PADDING)
 
 
+def test_resize_by_scales_that_only_a_run_knows_is_refused():
+    proto = one_node("Resize", [1, 3, 4, 4], [None, np.ones(4, "float32")], dtype="float32")
+    del proto.graph.initializer[:]
+    proto.graph.input.append(helper.make_tensor_value_info("k1", onnx.TensorProto.FLOAT, [4]))
+    # A scale of 1.2 would leave three channels, too.
+    assert proto.graph.output[0].type.tensor_type.shape.dim[1].dim_value == 3
+    assert refusal(proto, random_affine(np.random.default_rng(0), 3)) is Reason.CHANNEL_AXIS_UNPROVEN
+
+
 # Joining and cutting
 
 
@@ -759,6 +791,17 @@ def test_a_shift_passes_add(other, index):
     affine = random_affine(rng, 3).only_shift()
     assert_passes(proto, affine, x, index=index, z=z)
     assert refusal(proto, random_affine(rng, 3), index=index) is Reason.NO_LINEAR_CONSUMER
+
+
+def test_a_shift_passes_sub_with_its_sign():
+    rng = np.random.default_rng(0)
+    x, z = rng.normal(size=(2, 2, 3, 4))
+    affine = random_affine(rng, 3).only_shift()
+    for index, names in enumerate((["x", "z"], ["z", "x"])):
+        proto = one_node("Sub", x.shape, others=[("z", z.shape)])
+        proto.graph.node[0].input[:] = names
+        _, carries, _ = assert_passes(proto, affine, x, index=index, z=z)
+        assert carries[0].shift.tolist() == (affine.shift if index == 0 else -affine.shift).tolist()
 
 
 def test_a_channel_that_add_makes_many_of_is_refused():
@@ -909,6 +952,27 @@ def test_without_aggressive_no_operator_is_traded_for_another():
     }
 
 
+@pytest.mark.parametrize("then", ["Relu", "Conv"])
+def test_what_needs_to_broadcast_stays_in_opsets_that_do_not(then):
+    rng = np.random.default_rng(0)
+    constants = {"w": rng.normal(size=(3, 3, 3)), **batch_norm(rng, 3, "float64")}
+    norm = bn_node("x", "n", is_test=1)
+    inputs, attributes = {"Conv": (["w"], {"pads": [1, 1]}), "Relu": ([], {})}[then]
+    nodes = [norm, helper.make_node(then, ["n", *inputs], ["r"], **attributes)]
+    nodes += [helper.make_node("Conv", ["r", "w"], ["y"])]
+    proto = model(
+        nodes,
+        constants,
+        ["N", 3, 6],
+        ["N", 3, 4],
+        dtype="float64",
+        opset=6,
+        ir_version=3,
+        inputs=[value(name, array.shape, "float64") for name, array in constants.items()],
+    )
+    assert fold_onnx(proto, aggressive=True).model == proto
+
+
 def test_a_linear_layer_of_sequences_keeps_its_matmul_and_add():
     rng = np.random.default_rng(0)
     constants = {
@@ -945,3 +1009,20 @@ def test_a_matmul_becomes_gemm_where_its_shift_would_cost_more_further_on():
         folded = fold_onnx(proto, aggressive=aggressive).model
         assert operators(folded) == ["Gemm", "Relu", "MatMul"]
         np.testing.assert_allclose(reference(folded, x=x)[0], reference(proto, x=x)[0], rtol=0, atol=1e-12)
+
+
+def test_a_batch_norm_after_a_linear_layer_of_sequences_goes_into_it():
+    # The bias could merge into the batch norm instead, which would then stay.
+    rng = np.random.default_rng(0)
+    constants = {"w": rng.normal(size=(5, 4)), "k": rng.normal(size=4), **batch_norm(rng, 4, "float64")}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"]),
+        helper.make_node("Add", ["k", "m"], ["a"]),
+        helper.make_node("Transpose", ["a"], ["t"], perm=[0, 2, 1]),
+        bn_node("t", "y"),
+    ]
+    proto = model(nodes, constants, ["N", 6, 5], ["N", 4, 6], dtype="float64")
+    folded = fold_onnx(proto).model
+    assert operators(folded) == ["MatMul", "Add", "Transpose"]
+    x = rng.normal(size=(2, 6, 5))
+    np.testing.assert_allclose(reference(folded, x=x)[0], reference(proto, x=x)[0], rtol=0, atol=1e-12)
