@@ -505,7 +505,7 @@ def _verify(loaded: Loaded, folded: onnx.ModelProto, report: FoldReport, options
 
 
 def _failures(check: Check) -> str:
-    folds = [f"fold {fold.name}" for fold in check.folds if not fold.passed]
+    folds = [f"fold {', '.join(fold.folds) or fold.output}" for fold in check.folds if not fold.passed]
     outputs = [f"output {output.name}" for output in check.outputs if not output.passed]
     return ", ".join(folds + outputs)
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pybn.folding.reasons import UNLOCK
-from pybn.folding.report import BATCH_NORM, Check, Fold, FoldCheck, FoldReport, Left, OutputCheck, Row
+from pybn.folding.report import BATCH_NORM, Check, Fold, FoldCheck, FoldReport, Left, Row, closeness
 
 # Wide enough for a line per batch norm where the output is not a terminal.
 FILE_WIDTH = 160
@@ -38,19 +38,22 @@ def print_report(report: FoldReport, *, everything: bool = False) -> None:
     if not console.is_terminal:
         console.width = FILE_WIDTH
     most = len(report.rows) if everything else MOST_ROWS
-    checks = {} if report.check is None else {fold.name: fold for fold in report.check.folds}
-    failed = {name for name, check in checks.items() if not check.passed}
-    folds = [row for row in report.folds if everything or row.op_type == BATCH_NORM or row.name in failed]
-    left = report.left if everything else report.batch_norms_left
+    checks = {} if report.check is None else report.check.by_fold
+    failed = {key for key, check in checks.items() if not check.passed}
+    folds = [row for row in report.folds if everything or row.op_type == BATCH_NORM or row.key in failed]
+    left = [[row] for row in report.left] if everything else _alike(report.batch_norms_left)
     if len(folds) > most:
         console.print(_folds_by_route(folds))
-        folds = [fold for fold in folds if fold.name in failed]
+        folds = [fold for fold in folds if fold.key in failed]
     if folds:
         console.print(_folds(folds, checks))
+    if len(left) > most:
+        console.print(_left_by_reason(report.batch_norms_left))
+        left = []
     if left:
-        console.print(_left(left) if len(left) <= most else _left_by_reason(left))
+        console.print(_left(left))
     _print_summary(console, report)
-    if not everything and (report.affines or max(report.counts["folded"], report.counts["left"]) > most):
+    if len(folds) + len(left) < len(report.rows):
         console.print("(--all lists every one of them)")
     if report.check is not None and report.folds:  # without a fold, both models are the same file
         _print_check(console, report.check)
@@ -75,14 +78,14 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _folds(folds: Sequence[Fold], checks: dict[str, FoldCheck]) -> Table:
+def _folds(folds: Sequence[Fold], checks: dict[tuple[str, str], FoldCheck]) -> Table:
     table = _table("batch norm", "folded into", "operator")
     if checks:
         table.add_column("largest error", justify="right")
         table.add_column("bound", justify="right")
     for fold in folds:
         cells = [_name(fold), printable(", ".join(fold.into)), _route(fold)]
-        check = checks.get(fold.name)
+        check = checks.get(fold.key)
         if checks:
             cells += ["(with another)", ""] if check is None else [f"{check.error:.1e}", f"{check.bound:.1e}"]
         style = "bold red" if check is not None and not check.passed else None
@@ -100,10 +103,19 @@ def _folds_by_route(folds: Sequence[Fold]) -> Table:
     return table
 
 
-def _left(rows: Sequence[Left]) -> Table:
-    table = _table("left", "reason", "because")
+def _alike(rows: Sequence[Left]) -> list[list[Left]]:
+    """Put rows together of which the same is to be said."""
+    groups: dict[tuple[str, str], list[Left]] = defaultdict(list)
     for row in rows:
-        table.add_row(Text(_name(row)), Text(row.reason.value), Text(printable(row.sentence)))
+        groups[row.reason.value, row.sentence].append(row)
+    return list(groups.values())
+
+
+def _left(groups: Sequence[Sequence[Left]]) -> Table:
+    table = _table("left", "reason", "because")
+    for first, *others in groups:
+        name = f"{_name(first)} and {len(others)} more" if others else _name(first)
+        table.add_row(Text(name), Text(first.reason.value), Text(printable(first.sentence)))
     return table
 
 
@@ -147,9 +159,16 @@ def _print_summary(console: Console, report: FoldReport) -> None:
 
 def _print_check(console: Console, check: Check) -> None:
     inputs = "1 run" if check.inputs == 1 else f"{check.inputs} runs"
+    for difference in check.folds:
+        if not difference.passed and not difference.folds:
+            console.print(
+                f"no fold explains that value {printable(difference.output)} differs by {difference.error:.1e}, "
+                f"bound {difference.bound:.1e}",
+                style="bold red",
+            )
     judged = [output for output in check.outputs if output.bound is not None or not output.passed]
     if judged:
-        worst = max(judged, key=_closeness)
+        worst = max(judged, key=closeness)
         kind = "bound" if worst.derived else "tolerance"
         console.print(
             f"checked on {inputs}: largest error {worst.error:.1e}, {kind} {worst.bound or 0:.1e} "
@@ -167,22 +186,17 @@ def _print_check(console: Console, check: Check) -> None:
             f"{seen.changed} of {seen.samples} predictions changed, "
             f"accuracy {seen.accuracy_before:.2%} before, {seen.accuracy_after:.2%} after"
         )
-    if not check.runtime_agrees:
+    for model in check.runtime_at_fault:
         console.print(
-            "onnxruntime's own optimiser moves the original model's outputs beyond the bound",
+            f"onnxruntime's own optimiser moves the {model} model's outputs beyond the bound",
             style="yellow",
         )
     timing = check.timing
-    console.print(
-        f"time per run {_speed(timing.plain_before, timing.plain_after)}; "
-        f"optimised by onnxruntime {_speed(timing.optimised_before, timing.optimised_after)}"
-    )
-
-
-def _closeness(output: OutputCheck) -> float:
-    if not output.passed:
-        return float("inf")
-    return output.error / output.bound if output.bound else 0.0
+    if timing is not None:
+        console.print(
+            f"time per run {_speed(timing.plain_before, timing.plain_after)}; "
+            f"optimised by onnxruntime {_speed(timing.optimised_before, timing.optimised_after)}"
+        )
 
 
 def _speed(before: float, after: float) -> str:

@@ -209,6 +209,12 @@ class Facts:
         dtype = self.dtype(value)
         return dtype is not None and dtype.name in FLOATS
 
+    def adopt(self, value: ir.Value, like: ir.Value) -> None:
+        """Take over for a new value what is known of one of the same type and shape."""
+        known = self._inference(like)
+        if known is not None and self._inferred is not None:
+            self._inferred[value] = known
+
     def _inference(self, value: ir.Value) -> ir.Value | None:
         if value.producer() is None:
             return None
@@ -336,7 +342,7 @@ def _bare(model: ir.Model) -> onnx.ModelProto:
 
 def _without_data(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     if tensor.size <= _LARGEST_SHAPE:
-        return tensor
+        return ir.tensor(tensor.numpy(), name=tensor.name) if isinstance(tensor, ir.ExternalTensor) else tensor
     stub = onnx.TensorProto(name=tensor.name or "", data_type=int(tensor.dtype), dims=tensor.shape.numpy())
     return ir.TensorProtoTensor(stub)
 

@@ -16,7 +16,17 @@ import jinja2
 from markupsafe import Markup
 
 from pybn.folding.picture import LogAxis, drawable
-from pybn.folding.report import BATCH_NORM, GRAPH_INPUT, GRAPH_OUTPUT, Fold, FoldCheck, FoldReport, Left, Spread
+from pybn.folding.report import (
+    BATCH_NORM,
+    GRAPH_INPUT,
+    GRAPH_OUTPUT,
+    Fold,
+    FoldCheck,
+    FoldReport,
+    Left,
+    Spread,
+    closeness,
+)
 from pybn.folding.sketch import BOX_HEIGHT, BOX_WIDTH, sketch
 
 # What fits into a box of the sketch, in characters.
@@ -38,7 +48,7 @@ def render_html(report: FoldReport) -> str:
     """
     style, script = _source("report.css"), _source("report.js")
     axis = LogAxis.around(report.weights)
-    checks = {} if report.check is None else {fold.name: fold for fold in report.check.folds}
+    checks = {} if report.check is None else report.check.by_fold
     return _ENVIRONMENT.get_template("report.html").render(
         report=report,
         title=PurePath(report.input.path).name if report.input is not None else "ONNX model",
@@ -113,6 +123,10 @@ def _end_of(text: str, length: int) -> str:
     return text if len(text) <= length else f"…{text[1 - length :]}"
 
 
+def _part_of_bound(check: FoldCheck) -> str:
+    return f"{min(closeness(check), 1e300):g}"  # the script sorts by it, and does not know Python's "inf"
+
+
 def _passed(check: FoldCheck | None) -> str:
     return "" if check is None else "passed" if check.passed else "failed"
 
@@ -127,7 +141,7 @@ _ENVIRONMENT = jinja2.Environment(
 )
 _ENVIRONMENT.filters.update(
     scientific=_scientific, number=_short_number, bits=_bits, size=_size, start_of=_start_of, end_of=_end_of,
-    passed=_passed,
+    passed=_passed, part_of_bound=_part_of_bound,
 )  # fmt: skip
 _ENVIRONMENT.globals.update(
     change=_change, drawable=drawable, is_folded=lambda row: isinstance(row, Fold), BATCH_NORM=BATCH_NORM,

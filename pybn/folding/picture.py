@@ -26,6 +26,7 @@ MOST_DECADES_WITH_STEPS, MOST_TICKS = 3, 10
 
 BEFORE_COLOR, AFTER_COLOR = "#9aa5b4", "#0b6e4f"
 WIDTH_INCHES, ROW_INCHES, TOP_INCHES, BOTTOM_INCHES, LABEL_INCHES, NUMBER_INCHES = 9.0, 0.2, 0.85, 0.5, 2.6, 0.9
+BAR_POINTS = 0.32 * ROW_INCHES * 72
 LONGEST_NAME = 40
 DPI = 150
 # The renderer draws at most 2^16 pixels per side.
@@ -93,8 +94,13 @@ def render_png(report: FoldReport) -> bytes:
         left=LABEL_INCHES / WIDTH_INCHES, right=1 - NUMBER_INCHES / WIDTH_INCHES,
         top=1 - TOP_INCHES / height, bottom=BOTTOM_INCHES / height,
     )  # fmt: skip
+    _draw_bars(axes, [row.before for row in rows], -0.2, BEFORE_COLOR)
+    _draw_bars(axes, [row.after for row in rows], 0.2, AFTER_COLOR)
     for position, row in enumerate(rows):
-        _draw_row(axes, position, row)
+        axes.annotate(
+            _bits(row), (1, position), (6, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+            fontsize=7, va="center",
+        )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xlim(axis.low, axis.high)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -116,20 +122,20 @@ def render_png(report: FoldReport) -> bytes:
     return content.getvalue()
 
 
-def _draw_row(axes: Axes, position: int, row: WeightRange) -> None:
-    for offset, spread, color in ((-0.2, row.before, BEFORE_COLOR), (0.2, row.after, AFTER_COLOR)):
-        # A channel alone has no range, and is a bar of the width of its edge.
-        width = spread.largest_scale - spread.smallest_scale
-        left, at = spread.smallest_scale, position + offset
-        axes.barh(at, width, left=left, height=0.32, color=color, edgecolor=color, linewidth=1)
-        median = spread.median_scale
-        axes.plot([median, median], [at - 0.22, at + 0.22], color="#ffffff", linewidth=2.2, solid_capstyle="butt")
-        axes.plot([median, median], [at - 0.22, at + 0.22], color="#111111", linewidth=0.9, solid_capstyle="butt")
-    before, after = f"{row.before.bits:.1f}", f"{row.after.bits:.1f}"
-    axes.annotate(
-        before if before == after else f"{before} → {after}", (1, position), (6, 0), xycoords=("axes fraction", "data"),
-        textcoords="offset points", fontsize=7, va="center",
-    )  # fmt: skip
+def _draw_bars(axes: Axes, spreads: Sequence[Spread], offset: float, color: str) -> None:
+    # Lines, of which Matplotlib draws many at once; bars it would draw, and bring up to date, one by one.
+    middles = [position + offset for position in range(len(spreads))]
+    starts, ends = [spread.smallest_scale for spread in spreads], [spread.largest_scale for spread in spreads]
+    medians = [spread.median_scale for spread in spreads]
+    axes.hlines(middles, starts, ends, color=color, linewidth=BAR_POINTS, capstyle="butt")
+
+    def upright(values: Sequence[float], reach: float, color: str, width: float) -> None:
+        low, high = [middle - reach for middle in middles], [middle + reach for middle in middles]
+        axes.vlines(values, low, high, color=color, linewidth=width)
+
+    upright(starts, 0.16, color, 1)  # channels of one scale have no range, but an edge
+    upright(medians, 0.22, "#ffffff", 2.2)
+    upright(medians, 0.22, "#111111", 0.9)
 
 
 def _draw_head(figure: Figure, axes: Axes, height: float, report: FoldReport, shown: int) -> None:
@@ -144,6 +150,11 @@ def _draw_head(figure: Figure, axes: Axes, height: float, report: FoldReport, sh
     axes.annotate(
         "log2(largest\n/ smallest)", (1, 1), (6, 4), xycoords="axes fraction", textcoords="offset points", fontsize=7
     )
+
+
+def _bits(row: WeightRange) -> str:
+    before, after = f"{row.before.bits:.1f}", f"{row.after.bits:.1f}"
+    return before if before == after else f"{before} → {after}"
 
 
 def _label(row: WeightRange) -> str:

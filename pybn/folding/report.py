@@ -68,6 +68,11 @@ class Fold:
     cost: int
     scale_range: tuple[float, float]
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """The graph and the name, by which the check knows the fold."""
+        return self.graph, self.name
+
 
 @dataclass(frozen=True)
 class Neighbour:
@@ -187,9 +192,27 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class FoldCheck:
-    """One fold against its own bound, at the element where it came closest to it."""
+    """A value that both models compute in different ways, at the element where the two came closest to the bound.
 
-    name: str
+    Attributes
+    ----------
+    output : str
+        The value's name, in both models.
+    graph : str
+        The graph it is in, as in `Fold`.
+    folds : tuple of str
+        Names of the folds that changed how it is computed.
+    error, bound : float
+        The difference there, and the most that rounding explains.
+    passed : bool
+        Whether every difference is within its bound.
+    detail : str
+        Why it could not be compared, if it could not.
+    """
+
+    output: str
+    graph: str
+    folds: tuple[str, ...]
     error: float
     bound: float
     passed: bool
@@ -224,6 +247,13 @@ class OutputCheck:
     passed: bool
 
 
+def closeness(check: FoldCheck | OutputCheck) -> float:
+    """Return the error as a part of the bound; infinity for what did not pass."""
+    if not check.passed:
+        return math.inf
+    return check.error / check.bound if check.bound else 0.0
+
+
 @dataclass(frozen=True)
 class Timing:
     """Median seconds per run of both models, optimised by the runtime or not."""
@@ -247,13 +277,30 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Check:
-    """The proof that the folded model computes what the original did."""
+    """The proof that the folded model computes what the original did.
+
+    Attributes
+    ----------
+    inputs : int
+        How many inputs both models were run on.
+    folds : tuple of FoldCheck
+        Every value that the models compute in different ways.
+    outputs : tuple of OutputCheck
+        The outputs of the folded model against those of the original.
+    runtime_optimiser, runtime_optimiser_folded : tuple of OutputCheck
+        The original model, and the folded one, as onnxruntime's optimiser rewrites it, against the same model as it is.
+    timing : Timing or None
+        None if onnxruntime cannot run the models.
+    predictions : Predictions or None
+        None without labels.
+    """
 
     inputs: int
     folds: tuple[FoldCheck, ...]
     outputs: tuple[OutputCheck, ...]
     runtime_optimiser: tuple[OutputCheck, ...]
-    timing: Timing
+    runtime_optimiser_folded: tuple[OutputCheck, ...]
+    timing: Timing | None
     predictions: Predictions | None
 
     @property
@@ -262,9 +309,23 @@ class Check:
         return all(f.passed for f in self.folds) and all(o.passed for o in self.outputs)
 
     @property
+    def by_fold(self) -> dict[tuple[str, str], FoldCheck]:
+        """What was found of each fold, by its `Fold.key`: of several values, the one that is closest to its bound."""
+        found: dict[tuple[str, str], FoldCheck] = {}
+        for check in sorted(self.folds, key=closeness):
+            found |= {(check.graph, name): check for name in check.folds}
+        return found
+
+    @property
     def runtime_agrees(self) -> bool:
-        """Whether the runtime's optimiser keeps the original model's outputs within the bound."""
-        return all(output.passed for output in self.runtime_optimiser)
+        """Whether the runtime's optimiser keeps the outputs of both models within the bound."""
+        return not self.runtime_at_fault
+
+    @property
+    def runtime_at_fault(self) -> tuple[str, ...]:
+        """Which models the runtime's own optimiser breaks: "original", "folded", both or none."""
+        tallies = (("original", self.runtime_optimiser), ("folded", self.runtime_optimiser_folded))
+        return tuple(name for name, outputs in tallies if not all(output.passed for output in outputs))
 
 
 @dataclass(frozen=True)
@@ -347,6 +408,7 @@ class FoldReport:
         if self.check is not None:
             values["check"]["passed"] = self.check.passed
             values["check"]["runtime_agrees"] = self.check.runtime_agrees
+            values["check"]["runtime_at_fault"] = list(self.check.runtime_at_fault)
         return {"schema": SCHEMA, "counts": self.counts, **values}
 
     def to_json(self) -> str:

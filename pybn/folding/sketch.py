@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from pybn.folding.report import Neighbour
 
-BOX_WIDTH, BOX_HEIGHT = 150, 38
+BOX_WIDTH, BOX_HEIGHT = 160, 38
 GAP = 44  # between columns
 ROW, LANE = BOX_HEIGHT + 14, 16  # heights of a node and of an edge that passes
 MARGIN = 4

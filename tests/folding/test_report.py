@@ -119,13 +119,20 @@ def full():
         output=FileInfo("models/net.folded.onnx", 999, "cd" * 32),
         check=Check(
             inputs=3,
-            folds=(FoldCheck("bn1", 1e-6, 1e-5, True), FoldCheck(HOSTILE, 2e-3, 1e-5, False, "too far")),
+            folds=(
+                FoldCheck("c", "main", ("bn1",), 1e-6, 1e-5, True),
+                FoldCheck("d", "main", ("bn1",), 1e-9, 1e-5, True),
+                FoldCheck("e", "main/if.then_branch", ("bn1",), 1e-5, 1e-5, True),
+                FoldCheck("f", "main", (HOSTILE, "other"), 2e-3, 1e-5, False, "too far"),
+                FoldCheck(HOSTILE, "main", (), 7e-3, 1e-5, False),
+            ),
             outputs=(
                 OutputCheck("y", 1e-6, 3e-2, 0, True, True),
                 OutputCheck("classes", 0.0, None, 7, True, True),
                 OutputCheck(HOSTILE, 9.0, 1e-2, 0, False, False),
             ),
             runtime_optimiser=(OutputCheck("y", 1.0, 3e-2, 0, True, False),),
+            runtime_optimiser_folded=(OutputCheck("y", 1e-3, 3e-2, 0, True, True),),
             timing=Timing(0.004, 0.003, 0.002, 0.0025, 50),
             predictions=Predictions(100, 2, 0.91, 0.92),
         ),
@@ -141,7 +148,7 @@ def test_json_reads_back_as_the_same_report():
 
 
 def test_numbers_that_are_not_finite_are_null_and_read_back_as_nan():
-    check = replace(full().check, folds=(FoldCheck("bn1", math.inf, math.nan, False),))
+    check = replace(full().check, folds=(FoldCheck("y", "main", (), math.inf, math.nan, False),), timing=None)
     text = replace(full(), check=check, rows=(folded("bn", scale_range=(0.0, math.inf)),)).to_json()
     SCHEMA_CHECK.validate(json.loads(text))
     again = FoldReport.from_json(text)
@@ -209,9 +216,20 @@ def test_rows_of_json_say_what_follows_from_them():
     assert values["rows"][2]["reason"] == "no-linear-producer"
     assert values["check"]["passed"] is False
     assert values["check"]["runtime_agrees"] is False
+    assert values["check"]["runtime_at_fault"] == ["original"]
     assert values["counts"] == {
         "batch_norms": 4, "folded": 2, "left": 2, "affines": 2, "affines_folded": 1, "affines_left": 1,
     }  # fmt: skip
+
+
+def test_a_fold_is_known_by_the_worst_of_its_values_in_its_graph():
+    check = full().check
+    found = check.by_fold
+    assert found["main", "bn1"] is check.folds[0]
+    assert found["main/if.then_branch", "bn1"] is check.folds[2]
+    assert found["main", HOSTILE] is found["main", "other"] is check.folds[3]
+    assert len(found) == 4
+    assert full().rows[0].key == ("main", "bn1")
 
 
 def test_batch_norms_and_other_affines_are_told_apart():
@@ -239,7 +257,7 @@ def test_batch_norms_and_other_affines_are_told_apart():
         (("rows", 0, "name", None), "malformed: None is not of type str"),
         (("rows", 2, "reason", "mood"), "malformed"),
         (("weights", 0, "before", 3), "malformed"),
-        (("check", "timing", None), "malformed"),
+        (("check", "outputs", None), "malformed"),
         (("rows", 0, 5), "malformed"),
     ],
 )
@@ -574,7 +592,8 @@ def test_the_page_shows_every_row_and_what_is_known_of_it():
     for part in (
         "net.onnx", "123.5 MB", "ab" * 32, "cd" * 32, "2 of 4 batch norms folded", "1 of 2 other affine nodes",
         "2 × fold it", "Failed on 3 runs", "7 values changed", "3.0e-02 (tolerance)".replace("3.0", "1.0"), "4 ms",
-        "−25%", "2 of 100 predictions changed", "optimiser moves the outputs",
+        "−25%", "2 of 100 predictions changed", "optimiser moves the outputs of the original model",
+        "differs by 7.0e-03, bound 1.0e-05.",
     ):  # fmt: skip
         assert part in text, part
 
@@ -615,23 +634,51 @@ def test_the_page_of_a_densenet_is_small():
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_the_address_filters_and_sorts_in_a_browser(tmp_path):
+def dom(tmp_path, text, fragment=""):
+    """What Chromium makes of a page."""
     page = tmp_path / "page.html"
-    page.write_text(render_html(full()), encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    address = f"{page.as_uri()}#status=left&kind=bn&q=FOLLOWS%20relu&sort=-name"
-    dump = subprocess.run(
-        [CHROMIUM, *options, "--virtual-time-budget=2000", "--dump-dom", address],
+    return subprocess.run(
+        [CHROMIUM, *options, "--virtual-time-budget=2000", "--dump-dom", page.as_uri() + fragment],
         capture_output=True, text=True, timeout=60, check=True,
     ).stdout  # fmt: skip
-    rows = re.findall(r'<tr id="row-(\d)"([^>]*)>', dump)
-    assert [number for number, rest in rows if 'hidden=""' not in rest] == ["3"]
-    shift, scale = (next(i for i, (number, _) in enumerate(rows) if number == row) for row in "52")
-    assert shift < scale  # by name, descending
+
+
+def row_order(dump):
+    return [number for number, _ in re.findall(r'<tr id="row-(\d)"([^>]*)>', dump)]
+
+
+def rows_shown(dump):
+    return [number for number, rest in re.findall(r'<tr id="row-(\d)"([^>]*)>', dump) if 'hidden=""' not in rest]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_address_filters_and_sorts_in_a_browser(tmp_path):
+    dump = dom(tmp_path, render_html(full()), "#status=left&kind=bn&q=FOLLOWS%20relu&sort=-name")
+    assert rows_shown(dump) == ["3"]
+    assert row_order(dump)[:2] == ["5", "2"]  # shift, scale: by name, descending
     assert "1 of 6 rows" in dump
     assert 'aria-sort="descending"' in dump
     assert "<title>net.onnx: fold report</title>" in dump  # no name has run
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_what_is_typed_and_clicked_in_a_browser_goes_into_the_address(tmp_path):
+    hand = """
+      const search = document.querySelector("input");
+      search.value = "conv";
+      search.dispatchEvent(new Event("input", { bubbles: true }));
+      const header = document.querySelector(".rows [data-key=scale] button");
+      header.click();
+      header.click();
+      document.title = location.hash;
+    """
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", render_html(full()))
+    dump = dom(tmp_path, text.replace("</body>", f"<script>{hand}</script></body>"))
+    assert "<title>#q=conv&amp;sort=-scale</title>" in dump
+    assert rows_shown(dump) == ["1", "2"]
+    assert row_order(dump)[-3:] == ["3", "4", "5"]  # which have no scale, and so come last in either order
 
 
 # The picture
@@ -685,8 +732,11 @@ def test_text_lists_batch_norms_and_counts_the_others(capsys):
 
 def test_text_of_a_large_model_is_short_and_names_what_failed(capsys):
     rows = (*(folded(f"bn{i}") for i in range(60)), folded("last", route=("Add", "Conv")))
-    stays = tuple(left(f"left{i}", reason=Reason.GRAPH_OUTPUT) for i in range(30))
-    check = replace(full().check, folds=(FoldCheck("bn7", 1.0, 0.1, False), FoldCheck("bn8", 0.1, 1.0, True)))
+    stays = tuple(left(f"left{i}", reason=Reason.GRAPH_OUTPUT, detail=f"it is output {i}") for i in range(30))
+    check = replace(
+        full().check,
+        folds=(FoldCheck("a", "main", ("bn7",), 1.0, 0.1, False), FoldCheck("b", "main", ("bn8",), 0.1, 1.0, True)),
+    )
     large = FoldReport(rows + stays, check=check)
     text = printed(capsys, large)
     lines = [" ".join(line.split()) for line in text.splitlines()]
@@ -699,9 +749,22 @@ def test_text_of_a_large_model_is_short_and_names_what_failed(capsys):
     assert len(printed(capsys, large, everything=True).splitlines()) > 90
 
 
+def test_text_says_the_same_of_several_once(capsys):
+    alike = FoldReport((left("a"), left("b"), left("c", detail="it follows Sigmoid"), left("d")))
+    lines = [" ".join(line.split()) for line in printed(capsys, alike).splitlines()]
+    assert any(line.startswith("a and 2 more no-linear-producer it follows Relu") for line in lines)
+    assert any(line.startswith("c no-linear-producer it follows Sigmoid") for line in lines)
+    everything = printed(capsys, alike, everything=True)
+    assert all(f"\n{name} " in everything for name in "abcd")
+
+
 def test_text_shows_a_failed_fold_that_is_no_batch_norm(capsys):
-    check = replace(full().check, folds=(FoldCheck("scale", 1.0, 0.1, False),))
+    check = replace(full().check, folds=(FoldCheck("a", "main", ("scale",), 1.0, 0.1, False),))
     assert "scale (Mul)" in printed(capsys, replace(full(), check=check))
+
+
+def test_text_names_a_difference_that_no_fold_explains(capsys):
+    assert "differs by 7.0e-03, bound 1.0e-05" in " ".join(printed(capsys, full()).split())
 
 
 def test_text_has_no_control_characters(capsys):

@@ -83,6 +83,11 @@ function recall() {
 }
 
 document.querySelectorAll(".sortable").forEach(makeSortable);
+// Where a sketch does not fit, what it is about is in sight.
+for (const scroll of document.querySelectorAll(".scroll")) {
+  const [box, self] = [scroll, scroll.querySelector(".self")].map((element) => element.getBoundingClientRect());
+  scroll.scrollLeft = self.left - box.left - (box.width - self.width) / 2;
+}
 if (table) {
   form.hidden = false;
   form.addEventListener("input", () => (filter(), remember()));
