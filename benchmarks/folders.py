@@ -94,7 +94,14 @@ def fold_onnxruntime(path: Path) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
         ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return onnx.load(options.optimized_model_filepath)
+        model = onnx.load(options.optimized_model_filepath)
+    # Constants that IR version 3 lists among the inputs stay there when it has evaluated them away.
+    original = {info.name for info in onnx.load(path).graph.initializer}
+    used = {name for node in model.graph.node for name in node.input}
+    inputs = [info for info in model.graph.input if info.name in used or info.name not in original]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    return model
 
 
 @dataclass(frozen=True)
