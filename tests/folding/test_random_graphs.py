@@ -7,7 +7,7 @@ whose name it keeps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import onnx
@@ -19,6 +19,9 @@ from strategies import Case, Net, examples
 
 # Values grow no larger than this, so that an example stays cheap.
 MOST_ELEMENTS = 2000
+
+MOSTLY = st.sampled_from([True] * 4 + [False])
+SELDOM = st.sampled_from([False] * 15 + [True])
 
 
 class Network(Net):
@@ -43,26 +46,33 @@ class Network(Net):
         fitting = [name for name in self.values if fits(self.shape(name))]
         if not fitting:
             return None
-        return fitting[-1] if self.draw(st.booleans()) else self.draw(st.sampled_from(fitting))
+        return fitting[-1] if self.draw(MOSTLY) else self.draw(st.sampled_from(fitting))
 
-    def grow(self) -> None:
-        """Append an operator, if the one that is drawn has something to work on."""
-        name = self.draw(st.sampled_from(sorted(OPERATORS)))
-        fits, since, operator = OPERATORS[name]
-        x = self.pick(fits)
-        if x is None or self.opset < since:
-            return
-        made = operator(self, x)
-        self.values += [y for y in ([made] if isinstance(made, str) else made) if self.is_small(y)]
+    def grow(self, names: Iterable[str] | None = None) -> None:
+        """Append an operator that fits a value, one of `names` if they are given."""
+        x = self.pick()
+        fitting = [
+            name
+            for name in names or OPERATORS
+            if self.opset >= OPERATORS[name][1] and OPERATORS[name][0](self.shape(x))
+        ]
+        if fitting:
+            made = OPERATORS[self.draw(st.sampled_from(fitting))][2](self, x)
+            self.values += [y for y in ([made] if isinstance(made, str) else made) if self.is_small(y)]
 
     def is_small(self, name: str) -> bool:
         return 0 < math.prod(self.shape(name)) <= MOST_ELEMENTS
 
     def finish(self) -> Case:
-        """All values that nothing uses become outputs, and some in the middle."""
+        """All values that nothing uses become outputs, half of them by way of what absorbs maps; and some in the middle."""
         used = {name for node in self.nodes for name in node.input}
         made = [name for node in self.nodes for name in node.output]
-        outputs = [name for name in made if name not in used or self.draw(st.integers(0, 9)) == 0]
+        outputs = []
+        for name in made:
+            if name not in used and self.rank(name) in (2, 3, 4, 5) and self.is_small(name) and self.draw(st.booleans()):
+                outputs.append(s.absorber(self, name))
+            elif name not in used or self.draw(SELDOM):
+                outputs.append(name)
         return self.case(*outputs)
 
 
@@ -201,15 +211,25 @@ OPERATORS: dict[str, tuple[Callable[[tuple[int, ...]], bool], int, Callable[[Net
 }
 
 
+# Half of what is drawn: what maps come from, what takes them up, and what they pass.
+FREQUENT = ("affine", "scale", "BatchNormalization", "block", "preactivation", "Gemm", "MatMul", "Conv without padding",
+            "Relu", "residual", "Concat", "Split", "Transpose", "Reshape", "MaxPool", "AveragePool")  # fmt: skip
+ABSORBING = ("Conv without padding", "Conv", "Gemm", "MatMul")
+
+
 @st.composite
-def networks(draw: s.Draw, since: int = 7, most: int = 12) -> Case:
+def networks(draw: s.Draw, since: int = 7, most: int = 14) -> Case:
     """A network of one or two inputs and up to `most` random operators."""
     net = Network(draw, since)
     net.values.append(draw(st.sampled_from([s.images, s.images, s.rows]))(net))
     if draw(st.booleans()):
         net.values.append(net.input(net.shape(net.values[0])))
-    for _ in range(draw(st.integers(2, most))):
-        net.grow()
+    if draw(st.booleans()):
+        net.grow(ABSORBING)
+    for _ in range(draw(st.integers(3, most))):
+        net.grow(draw(st.sampled_from([None, FREQUENT])))
+    if draw(st.booleans()):
+        net.grow(ABSORBING)
     if not net.nodes:
         net.values.append(s.relu(net, net.values[0]))
     return net.finish()
