@@ -18,7 +18,7 @@ except ImportError as error:
     ) from error
 
 from pybn._config import configure_from_environment, empty_cache, get_num_threads, set_num_threads, show_config
-from pybn.folding import FoldError, fold_conv, fold_linear
+from pybn.folding import FoldError, fold_conv, fold_linear, fold_state_dict
 from pybn.functional import (
     Gradients,
     Saved,
@@ -56,6 +56,7 @@ __all__ = [
     "fold_conv",
     "fold_linear",
     "fold_onnx",
+    "fold_state_dict",
     "get_num_threads",
     "set_num_threads",
     "show_config",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-OPTIONAL = ("typer", "rich", "onnx", "onnx_ir", "onnxruntime")
+OPTIONAL = ("typer", "rich", "jinja2", "onnx", "onnx_ir", "onnxruntime")
 
 
 def main() -> None:

@@ -2,19 +2,39 @@
 
 Read in this order; each file uses only those above it:
 
-- ``reasons``     why a batch norm is left alone: the codes, and what would unlock each
-- ``affine``      the map ``y = scale * x + shift`` that a batch norm is, and its rounding
-- ``weights``     the array algebra: a map absorbed by the weights of a linear operator
-- ``graph``       what a rule may ask of an ONNX graph: constants and shapes
-- ``rules``       one function per operator: how a map that follows it passes through it
-- ``editor``      changing a graph: new constants, a batch norm taken out
-- ``report``      what was folded, what was left, and what the check found
-- ``files``       reading models without trusting them, writing them atomically
-- ``onnx``        the fold of a whole model
-- ``runtime``     running models, and timing them
-- ``inputs``      what to run them on
-- ``fold_proof``  the rounding bound of one fold, and the comparison with it
-- ``verify``      the comparison of a folded model with its original
+- ``reasons``          why a node is left alone: the codes, and what would unlock each
+- ``affine``           the map ``y = scale * x + shift`` that a batch norm is, and its rounding
+- ``weights``          the array algebra: a map absorbed by the weights of a linear operator before it,
+- ``weights_forward``  or after it
+- ``state_dict``       the same for a dictionary of arrays
+- ``graph``            what a rule may ask of an ONNX graph: constants, shapes, types
+- ``steps``            what a rule is, and what it answers
+- ``sources``          the nodes that are maps themselves: read, and written
+- ``axes``             one rule per operator that moves axes, in both directions
+- ``backward``         one rule per operator: how a map that follows it passes through it
+- ``forward``          one rule per operator: how a map that precedes it passes through it
+- ``walk``             from operator to operator, until all of a map is absorbed
+- ``choice``           all ways to fold one node, by what they cost
+- ``editor``           changing a graph: new constants, a node taken out
+- ``report``           what was folded, what was left, and what the check found
+- ``neighbours``       what surrounds a node that is left
+- ``engine``           the fold of a model in place: every node in its turn
+- ``passes``           the same as a pass of onnx-ir
+- ``files``            reading models without trusting them, writing them atomically
+- ``onnx``             `fold_onnx`
+- ``ranges``           how large weights are before and after, for the report
+- ``sketch``           a small graph laid out
+- ``picture``          the ranges as a picture
+- ``html``             the report as a page, from ``templates``
+- ``segments``         where two models differ: values of both that they compute in different ways
+- ``inlining``         local functions put where they are called, so that this can be seen
+- ``widening``         bfloat16 models for runtimes that do not know the type
+- ``runtime``          running models and single operators, and timing them
+- ``majorant``         how far rounding may move a value: one rule per operator
+- ``inputs``           what to run models on
+- ``fold_proof``       the rounding bound of one difference, and the comparison with it
+- ``probing``          graphs changed to look into them, and to move values inside
+- ``verify``           the comparison of a folded model with its original
 
 Importing this package needs NumPy only; `fold_onnx` needs ``pybn[onnx]``.
 """
@@ -25,9 +45,10 @@ from typing import Any
 
 from pybn.folding.affine import Affine
 from pybn.folding.reasons import FoldError, Reason
+from pybn.folding.state_dict import fold_state_dict
 from pybn.folding.weights import fold_conv, fold_linear
 
-__all__ = ["Affine", "FoldError", "Reason", "fold_conv", "fold_linear", "fold_onnx"]
+__all__ = ["Affine", "FoldError", "Reason", "fold_conv", "fold_linear", "fold_onnx", "fold_state_dict"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,17 +11,20 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from pybn.folding import axes
 from pybn.folding.affine import Affine, Array, Float64, is_supported, round_to
 from pybn.folding.graph import Facts, attribute, unavailable
 from pybn.folding.reasons import FoldError, Reason, Refusal
-from pybn.folding.steps import Insert, Rewrite, Rule, Step
-from pybn.folding.weights import map_bias, scale_axis, scale_transposed_conv
+from pybn.folding.steps import Insert, Quantized, Rewrite, Rule, Step
+from pybn.folding.weights import map_bias, scale_axis, scale_quantized, scale_transposed_conv
 
 # Linear operators, which absorb
 
 
 def conv(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """Conv: ``W' = a[o] W``, ``c' = a c + b``. Groups divide the inputs, so they do not matter."""
+    if facts.dequantized(node.inputs[1]) is not None:
+        return _absorb_quantized(node, affine, 0, facts)
     operands = _weight_and_bias(node, facts)
     if isinstance(operands, Refusal):
         return operands
@@ -32,11 +35,13 @@ def conv(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refu
 
 def conv_transpose(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """ConvTranspose: as Conv, with the output channels numbered group by group along axis 1."""
+    groups = int(attribute(node, "group", 1))
+    if facts.dequantized(node.inputs[1]) is not None and groups == 1:
+        return _absorb_quantized(node, affine, 1, facts)
     operands = _weight_and_bias(node, facts)
     if isinstance(operands, Refusal):
         return operands
     weight, bias = operands
-    groups = int(attribute(node, "group", 1))
     if groups < 1 or weight.shape[0] % groups:
         return Refusal(Reason.PARAMETER_SHAPE, f"group={groups} does not divide the weight")
     per_channel = affine.over(weight.shape[1] * groups, 1)
@@ -45,13 +50,15 @@ def conv_transpose(node: ir.Node, index: int, affine: Affine, facts: Facts) -> S
 
 def gemm(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """Gemm, ``alpha A B + beta C``: ``B' = a B``, ``C' = a beta C + b``, and beta becomes 1."""
+    output_axis = 0 if attribute(node, "transB", 0) else 1
+    if facts.dequantized(node.inputs[1]) is not None:
+        return _absorb_quantized(node, affine, output_axis, facts)
     operands = _weight_and_bias(node, facts, bias_rank=None)
     if isinstance(operands, Refusal):
         return operands
     weight, bias = operands
     if weight.ndim != 2 or (bias is not None and bias.ndim > 2):
         return Refusal(Reason.PARAMETER_SHAPE, "the weight or bias of Gemm has the wrong rank")
-    output_axis = 0 if attribute(node, "transB", 0) else 1
     features = weight.shape[output_axis]
     per_channel = affine.over(features, 1)
     if bias is not None and bias.shape[-1:] not in ((), (1,), (features,)):
@@ -169,9 +176,9 @@ _HOLDS = {
 def cast(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """Cast between floats, unless the map would be computed in a narrower type than it was."""
     before, after = facts.dtype(node.inputs[0]), facts.dtype(node.outputs[0])
-    if before is None or after is None:
-        return Refusal(Reason.NARROWER_TYPE, "the types of Cast are unknown")
-    if after.name not in _HOLDS.get(before.name, ()):
+    if before is None or after is None or before.name not in _HOLDS:
+        return Refusal(Reason.NO_LINEAR_PRODUCER, f"it follows Cast, of {before} to {after}")
+    if after.name not in _HOLDS[before.name]:
         return Refusal(Reason.NARROWER_TYPE, f"before Cast it would be computed in {before.name}, not in {after.name}")
     return Step(carries=((0, affine),))
 
@@ -448,9 +455,6 @@ def _pads_with_zero(node: ir.Node, facts: Facts) -> bool:
 
 def add(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """Add, Sum and Sub of computed values: the scale goes to every operand, the shift to one of them."""
-    if facts.opset(node) < 8 and (node.op_type == "Sum" or facts.opset(node) < 7):
-        # Before these versions operands are not broadcast, or in another way.
-        return Refusal(Reason.AMBIGUOUS_BROADCAST, f"{node.op_type} of opset {facts.opset(node)}")
     at_all = range(len(node.inputs))
     scales = [_operand(node, at, affine.only_scale(), facts) for at in at_all]
     refusal = next((scale for scale in scales if isinstance(scale, Refusal)), None)
@@ -469,8 +473,6 @@ def add(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refus
 
 def multiply(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """Mul and Div of computed values: a scale goes to either factor, or to what is divided."""
-    if facts.opset(node) < 7:
-        return Refusal(Reason.AMBIGUOUS_BROADCAST, f"{node.op_type} of opset {facts.opset(node)}")
     if not affine.keeps_zero:
         return Refusal(Reason.SHIFT_STAYS, f"a shift does not pass {node.op_type} of two computed values")
     steps: list[Step] = []
@@ -499,6 +501,7 @@ def _operand(node: ir.Node, at: int, affine: Affine, facts: Facts) -> Affine | R
 
 
 BACKWARD: dict[str, Rule] = {
+    **axes.BACKWARD,
     "Add": add,
     "AveragePool": average_pool,
     "Cast": cast,
@@ -578,6 +581,44 @@ def _absorb(
         raise FoldError(Reason.PARAMETER_SHAPE, _wrong_bias(bias, channels).detail)
     constants[2] = round_to(map_bias(bias, affine, gain), weight.dtype, "the folded bias")
     return Step((Rewrite(node, constants, attributes=attributes or {}),))
+
+
+def _absorb_quantized(node: ir.Node, affine: Affine, axis: int, facts: Facts) -> Step | Refusal:
+    """Take up a map in a weight that stays behind a DequantizeLinear, by its scales; `axis` has the output channels."""
+    weight = facts.dequantized(node.inputs[1])
+    assert weight is not None
+    dtype = weight.scale.dtype
+    if weight.values.ndim <= axis or (weight.scale.size > 1 and weight.axis != axis):
+        return Refusal(Reason.QUANTIZATION, f"the scales of {node.op_type}'s weight are not those of its outputs")
+    per_channel = affine.over(weight.values.shape[axis], 1)
+    constants: dict[int, Array | Quantized] = {}
+    if not affine.keeps_scale:
+        values, scale, zero_point = scale_quantized(
+            weight.values, weight.scale, weight.zero_point, per_channel.scale, axis
+        )
+        if scale.size > 1 and facts.opset(node) < 13:
+            return Refusal(Reason.QUANTIZATION, "before opset 13 a weight has one scale")
+        constants[1] = Quantized(values, round_to(scale, dtype, "the folded scale"), axis, zero_point)
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    array, integers = facts.constant(bias), facts.dequantized(bias)
+    gain = float(attribute(node, "beta", 1.0))
+    if bias is not None and array is None and integers is None:
+        return unavailable(facts, bias, f"the bias of {node.op_type}", parameter=False)
+    if integers is not None and affine.keeps_zero and gain == 1.0 and integers.values.shape == per_channel.scale.shape:
+        # Runtimes expect the bias in units of input scale times weight scale, which grows alike.
+        values, scale, zero_point = scale_quantized(
+            integers.values, integers.scale, integers.zero_point, per_channel.scale, 0
+        )
+        constants[2] = Quantized(values, round_to(scale, dtype, "the folded scale"), 0, zero_point)
+    elif bias is not None or not affine.keeps_zero:
+        # In these units a shift would be rounded, and much more coarsely than a float is.
+        plain = integers.array if integers is not None else array
+        if array is not None and array.dtype != dtype:
+            return Refusal(Reason.TYPE_MISMATCH, f"the weight is {dtype} but the bias is {array.dtype}")
+        if plain is not None and plain.shape[-1:] not in ((), (1,), per_channel.scale.shape):
+            return _wrong_bias(plain, per_channel.scale.size)
+        constants[2] = round_to(map_bias(plain, per_channel, gain), dtype, "the folded bias")
+    return Step((Rewrite(node, constants, attributes={"beta": None} if gain != 1.0 and 2 in constants else {}),))
 
 
 def _first_of(steps: Sequence[Step]) -> Step:

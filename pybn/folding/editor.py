@@ -13,8 +13,11 @@ from collections.abc import Iterable, Iterator
 import onnx_ir as ir
 
 from pybn.folding.affine import Array
-from pybn.folding.graph import OVERRIDABLE_SINCE_IR, constant_source, display_name, scopes
+from pybn.folding.graph import OVERRIDABLE_SINCE_IR, STANDARD_DOMAINS, constant_source, display_name, scopes
 from pybn.folding.steps import Insert, Quantized, Rewrite
+
+# Operators with one output by which a constant may reach its user.
+_OF_CONSTANTS = ("Constant", "Identity", "Cast", "Transpose", "DequantizeLinear")
 
 
 class Editor:
@@ -40,7 +43,9 @@ class Editor:
         for rewrite in rewrites:
             node = rewrite.node
             for index, constant in sorted(rewrite.constants.items()):
-                if isinstance(constant, Quantized):
+                if constant is None:
+                    self._take_away(node, index)
+                elif isinstance(constant, Quantized):
                     self._set_quantized(node, index, constant)
                 else:
                     self._set_constant(node, index, constant)
@@ -179,31 +184,35 @@ class Editor:
             graph.inputs.append(new)
         return new
 
+    def _take_away(self, node: ir.Node, index: int) -> None:
+        old = node.inputs[index] if index < len(node.inputs) else None
+        if old is not None:
+            node.replace_input_with(index, None)
+            self._release(old)
+        while node.inputs and node.inputs[-1] is None:
+            node.resize_inputs(len(node.inputs) - 1)
+
     def _is_private(self, value: ir.Value) -> bool:
         return value.is_initializer() and len(value.uses()) == 1 and not value.is_graph_output()
 
     def _release(self, value: ir.Value) -> None:
         """Remove a constant that the fold was the last to use."""
-        if value.uses() or value.is_graph_output() or constant_source(value) is None:
+        producer, graph = value.producer(), value.graph
+        if value.uses() or value.is_graph_output() or graph is None:
             return
-        producer = value.producer()
-        graph = value.graph
-        if graph is None:
-            return
-        if producer is None:
-            if not value.is_initializer():
-                return
+        if producer is not None:
+            if producer.domain in STANDARD_DOMAINS and producer.op_type in _OF_CONSTANTS:
+                inputs = [item for item in producer.inputs if item is not None]
+                graph.remove(producer, safe=True)
+                for item in inputs:
+                    self._release(item)
+        elif value.is_initializer():
             if value.is_graph_input():
                 if self._model.ir_version >= OVERRIDABLE_SINCE_IR:
                     return
                 graph.inputs.remove(value)
             assert value.name is not None
             del graph.initializers[value.name]
-        elif all(not output.uses() for output in producer.outputs):
-            inputs = [item for item in producer.inputs if item is not None]
-            graph.remove(producer, safe=True)
-            for item in inputs:
-                self._release(item)
 
     def _unused_name(self, base: str) -> str:
         base = re.sub(r"\.folded\d*$", "", base)

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from pybn.folding import sources
 from pybn.folding.choice import Choice, choose
 from pybn.folding.editor import Editor
-from pybn.folding.graph import Facts, Scope, display_name, scopes
+from pybn.folding.graph import Facts, display_name, scopes
 from pybn.folding.neighbours import neighbours
 from pybn.folding.reasons import Reason, Refusal
 from pybn.folding.report import Direction, Fold, FoldReport, Left
@@ -82,25 +82,27 @@ class _Engine:
         self._done: set[ir.Node] = set()
 
     def run(self) -> FoldReport:
-        while self._pass():
-            # What has been folded may prove what was unknown. Folding the result again has to find
-            # nothing, so this goes on until a pass that starts from the model as it is finds nothing.
-            self._facts = Facts(self._model)
+        # Trades come last, when all that is free has been had.
+        for trades in (False, True) if self._options.aggressive else (False,):
+            while self._pass(trades=trades):
+                # What has been folded may prove what was unknown. Folding the result again has to find
+                # nothing, so this goes on until a pass that starts from the model as it is finds nothing.
+                self._facts = Facts(self._model)
         rows = [row for origin in self._origins.values() if (row := self._row(origin)) is not None]
         return FoldReport(tuple(rows))
 
-    def _pass(self) -> bool:
+    def _pass(self, *, trades: bool) -> bool:
         """Try to fold every affine node once. In graph order, what is upstream has settled before."""
         folded = False
         for scope in list(scopes(self._model)):
             for node in list(scope.graph):
                 found = sources.read(node, self._facts)
                 if found is not None:
-                    folded = self._fold(node, found, scope) or folded
+                    folded = self._fold(node, found, trades=trades) or folded
                     self._tell(node)
         return folded
 
-    def _fold(self, node: ir.Node, found: Source | Refusal, scope: Scope) -> bool:
+    def _fold(self, node: ir.Node, found: Source | Refusal, *, trades: bool) -> bool:
         """Fold one node, or note why not."""
         origin = self._origins.get(node)
         name = origin.name if origin is not None else display_name(node)
@@ -112,10 +114,10 @@ class _Engine:
             self._leave(origin, found, None)
             return False
         # Trades without a gain are for batch norms only: their number falls, so there is an end.
-        trades = found.is_batch_norm
-        choice, refusal = choose(found, self._facts, self._frozen, whole=not trades, sufficient=1)
-        if choice is None or (choice.gain < 1 and not (trades and self._options.aggressive)):
-            self._leave(origin, refusal, choice.describe() if choice is not None and trades else None)
+        tradable = found.is_batch_norm
+        choice, refusal = choose(found, self._facts, self._frozen, whole=not tradable, sufficient=1)
+        if choice is None or (choice.gain < 1 and not (trades and tradable)):
+            self._leave(origin, refusal, choice.describe() if choice is not None and tradable else None)
             return False
         self._commit(found, choice)
         return True
@@ -139,12 +141,15 @@ class _Engine:
         elif choice.rest is not None and choice.forward is None:
             kept.append(output)
         moved = self._editor.apply(plan.rewrites, changed)
+        for old, new in moved.items():
+            self._facts.adopt(new, old)
         kept = [moved.get(item, item) for item in kept]
         # Where an earlier fold had its effect on a value that changes now, this one has it, too.
         gone = {output, *plan.changed}
         for origin in self._origins.values():
             if any(item in gone for item in origin.outputs):
                 origin.outputs = [item for item in origin.outputs if item not in gone] + kept
+            origin.outputs = [moved.get(item, item) for item in origin.outputs]
         if record is not None:
             record.outputs += [item for item in kept if item not in record.outputs]
         if choice.rest is not None:

@@ -1,293 +1,330 @@
-"""Reading model files without trusting them, and writing them so that a failure changes nothing."""
+"""Reading model files without trusting them, and writing them so that a failure changes nothing.
+
+A model is one file, or a file and its external data, which stay in a folder with it. External data
+become part of a model that is read, if one protobuf message can hold them all; beyond 2 GB they stay
+where they are, and every function here takes the folder they are in.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
-import secrets
-import stat
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.descriptor import FieldDescriptor
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError
 
-from pybn.folding.report import FileInfo
-
-# The most that one protobuf message can hold.
-MAX_BYTES = 2**31 - 1
-TYPED_DATA = (
-    "float_data",
-    "int32_data",
-    "string_data",
-    "int64_data",
-    "double_data",
-    "uint64_data",
+from pybn.folding import disk, external
+from pybn.folding.protos import (
+    MAX_BYTES,
+    ModelError,
+    first_line,
+    is_external,
+    packed_bytes,
+    tensors,
+    without_data,
 )
+from pybn.folding.report import FileInfo
+from pybn.folding.validity import validate
+
+__all__ = ["Loaded", "ModelError", "first_line", "load", "parse", "read_model", "to_ir", "validate", "write_model"]
+
+# What is smaller stays in the model, as in onnx.save_model.
+EXTERNAL_FROM = 1024
+# Tensors begin at multiples of a page, so that a runtime can map them into memory.
+ALIGNMENT = 4096
+# A model whose weights are elsewhere is smaller than this; larger ones are not searched for names of data files.
+SEARCHED = 2**26
 
 
-class ModelError(ValueError):
-    """A model cannot be read, is invalid, or cannot be written. The message is one line."""
+@dataclass(frozen=True)
+class Loaded:
+    """A model as it was read.
+
+    Attributes
+    ----------
+    proto : onnx.ModelProto
+        The model, with its external data moved into it if all is below 2 GB.
+    info : FileInfo
+        The file.
+    folder : Path or None
+        Where external data are; None for a model that does not come from a file.
+    data_files : set of Path
+        The resolved paths of the files in which the model keeps tensors.
+    content : bytes
+        The file's bytes, if they were asked for.
+    """
+
+    proto: onnx.ModelProto
+    info: FileInfo
+    folder: Path | None
+    data_files: frozenset[Path]
+    content: bytes = b""
+
+    def data(self) -> dict[str, bytes]:
+        """Read the data files, by the names that the model in `content` has for them."""
+        names = {external.location(tensor) for tensor in tensors(onnx.ModelProto.FromString(self.content))}
+        return {name: (self.folder / name).read_bytes() for name in sorted(names) if name and self.folder is not None}
 
 
 def read_model(path: str | os.PathLike[str]) -> tuple[onnx.ModelProto, FileInfo]:
-    """Read and validate a model, with its external data moved into it.
+    """Read and validate a model, with its external data moved into it if all is below 2 GB.
 
     Raises
     ------
     ModelError
         Whatever is wrong with the file, in one line.
     """
+    loaded = load(path)
+    return loaded.proto, loaded.info
+
+
+def load(path: str | os.PathLike[str], *, keep: bool = False) -> Loaded:
+    """Read and validate a model; `keep` keeps its bytes, too. Errors are those of `read_model`."""
     file = Path(path)
     try:
         if file.is_dir():
             raise ModelError(f"{file}: is a directory, expected an ONNX file")
-        size = file.stat().st_size
-        if size > MAX_BYTES:
-            raise ModelError(f"{file}: {size} bytes, but an ONNX file holds at most {MAX_BYTES}")
-        content = file.read_bytes()
+        with disk.open_regular(file) as stream:
+            length = os.fstat(stream.fileno()).st_size
+            if length > MAX_BYTES:
+                raise ModelError(f"{file}: {length} bytes, but an ONNX file holds at most {MAX_BYTES}")
+            content = stream.read()
     except OSError as error:
-        raise ModelError(f"{file}: {error.strerror or error}") from error
+        raise ModelError(f"{file}: {error.strerror or first_line(error)}") from error
+    except ModelError:
+        raise
+    except ValueError as error:  # a NUL in the name
+        raise ModelError(f"{str(file)!r}: {first_line(error)}") from error
+    return parse(content, str(file), file.parent, keep=keep)
+
+
+def parse(content: bytes, name: str, folder: Path | None = None, *, keep: bool = False) -> Loaded:
+    """Read and validate a model from its bytes; `name` is for messages. Errors are those of `read_model`."""
     if not content:
-        raise ModelError(f"{file}: the file is empty")
+        raise ModelError(f"{name}: the file is empty")
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(content)
     except (DecodeError, UnicodeDecodeError, ValueError) as error:
-        raise ModelError(f"{file}: not an ONNX model (damaged, or another format)") from error
+        raise ModelError(f"{name}: not an ONNX model (damaged, or another format)") from error
+    info = _file_info(Path(name), content)
+    kept = content if keep else b""
+    del content  # validation needs memory of its own
     try:
-        _embed_external_data(proto, file.parent, len(content))
-        validate(proto)
+        data_files = frozenset[Path]()
+        if folder is not None:
+            data_files = frozenset(external.files_of(proto, folder))
+            if info.bytes + _external_bytes(proto) <= MAX_BYTES:
+                external.embed(proto, folder)
+        validate(proto, folder)
     except ModelError as error:
-        raise ModelError(f"{file}: {error}") from error
-    return proto, _file_info(file, content)
+        raise ModelError(f"{name}: {error}") from error
+    return Loaded(proto, info, folder, data_files, kept)
 
 
-def external_data_files(path: str | os.PathLike[str]) -> set[Path]:
-    """Return the resolved paths of the files in which a readable model keeps tensors."""
-    file = Path(path)
-    proto = onnx.ModelProto.FromString(file.read_bytes())
-    return {
-        _locate(tensor, file.parent)[0]
-        for tensor in _tensors(proto)
-        if tensor.data_location == onnx.TensorProto.EXTERNAL
-    }
+def to_ir(proto: onnx.ModelProto, folder: Path | None = None) -> ir.Model:
+    """Convert a valid model, whose external data in `folder` are read when they are asked for.
 
-
-def validate(proto: onnx.ModelProto) -> None:
-    """Raise ModelError unless the model is complete, valid, and of a kind that onnx-ir keeps."""
-    _require_text(proto)
-    names: set[str] = set()
-    for tensor in proto.graph.initializer:
-        if tensor.name in names:
-            raise ModelError(f"invalid model: two initializers are named {tensor.name!r}")
-        names.add(tensor.name)
-    known = onnx.defs.onnx_opset_version()
-    for used in proto.opset_import:
-        if used.domain in ("", "ai.onnx") and not 1 <= used.version <= known:
-            raise ModelError(f"opset {used.version} is unknown; the installed onnx package knows 1 to {known}")
-    if proto.graph.sparse_initializer or proto.training_info:
-        raise ModelError("models with sparse initializers or training information are unsupported")
-    for tensor in _tensors(proto):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            raise ModelError(
-                f"tensor {tensor.name!r} is in an external file: give the path of the model, "
-                "or load it with its external data"
-            )
-        _require_complete(tensor)
+    Raises
+    ------
+    ModelError
+        If onnx-ir rejects the model, or the data.
+    """
     try:
-        onnx.checker.check_model(proto)
-    except Exception as error:  # the checker raises its own type, ValueError and others
+        model = ir.from_proto(proto)
+    except Exception as error:  # onnx-ir has no common base class for what it rejects
         raise ModelError(f"invalid model: {first_line(error)}") from error
+    if folder is not None:
+        graphs = [model.graph, *(function.graph for function in model.functions.values())]
+        for graph in graphs:
+            ir.external_data.set_base_dir(graph, folder.resolve())
+    return model
 
 
-def write_model(proto: onnx.ModelProto, path: str | os.PathLike[str]) -> FileInfo:
+def write_model(
+    proto: onnx.ModelProto,
+    path: str | os.PathLike[str],
+    *,
+    folder: Path | None = None,
+    with_data_file: bool = False,
+) -> FileInfo:
     """Write a model so that the target holds the old bytes or the new ones, never a mixture.
 
     A temporary file beside the target is written, flushed to disk and renamed. A symbolic link
     is replaced, not followed.
 
+    Parameters
+    ----------
+    proto : onnx.ModelProto
+        Left untouched.
+    path : path
+        The target.
+    folder : path, optional
+        Where the model's external data are, if it has any. They are copied, never referred to.
+    with_data_file : bool
+        Put weights into a file beside the target, ``<target>.data``, as is done in any case beyond
+        2 GB. If that file is there and differs, the data go to another, ``<target>.1.data`` and so
+        on, so that the old model can be read until the new one takes its place. A data file of such
+        a name that the old model used, and no other model in the folder mentions, is then removed.
+
     Raises
     ------
     ModelError
-        If the model is too large for one file.
+        If the target is not a regular file, or external data cannot be read.
     OSError
-        If writing fails. The target is as it was, and the temporary file is gone.
+        If writing fails. The target is as it was, and the temporary files are gone.
     """
     target = Path(path)
-    if target.exists() and not target.is_file():
-        raise ModelError(f"{target}: exists and is not a regular file")
-    if proto.ByteSize() > MAX_BYTES:
-        raise ModelError(f"the folded model exceeds the {MAX_BYTES} bytes of one ONNX file")
+    require_replaceable(target)
+    if with_data_file or not fits_one_file(proto):
+        return _write_two_files(proto, target, folder)
     content = proto.SerializeToString(deterministic=True)
-    temporary = target.parent / f".pybn-{secrets.token_hex(8)}.tmp"
-    try:
-        # os.open rather than tempfile, which would make a file that only its owner can read.
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if target.is_file() and not target.is_symlink():
-            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
-        os.replace(temporary, target)  # noqa: PTH105 - the tests make this very call fail
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(target.parent)
+    with disk.replacing(target) as file:
+        file.write(content)
     return _file_info(target, content)
 
 
-def _require_text(message: Message) -> None:
-    """Raise ModelError where a string is not UTF-8, which protobuf lets pass as bytes."""
-    for field, value in message.ListFields():
-        if field.type == FieldDescriptor.TYPE_MESSAGE:
-            for item in [value] if isinstance(value, Message) else value:
-                _require_text(item)
-        elif field.type == FieldDescriptor.TYPE_STRING:
-            for item in [value] if isinstance(value, (str, bytes)) else value:
-                if not isinstance(item, str):
-                    raise ModelError(f"invalid model: a {field.name} is not text")
+def require_replaceable(target: Path) -> None:
+    """Raise ModelError unless a file may be written to that path."""
+    if target.exists() and not target.is_file():
+        raise ModelError(f"{target}: exists and is not a regular file")
 
 
-def _require_complete(tensor: onnx.TensorProto) -> None:
-    """Compare a tensor's shape with its data, which the ONNX checker leaves to whoever reads it."""
-    packed = _packed_bytes(tensor)
-    if tensor.HasField("raw_data"):
-        complete = len(tensor.raw_data) == packed
-    else:
-        values = sum(len(getattr(tensor, name)) for name in TYPED_DATA)
-        count = _size(tensor)
-        if tensor.data_type in (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128):
-            count *= 2
-        # Types of less than a byte are packed; a string has no fixed width.
-        complete = values == min(count, packed or count)
-    if not complete:
-        raise ModelError(
-            f"invalid model: the data of tensor {tensor.name!r} does not fill its shape {tuple(tensor.dims)}"
-        )
+def fits_one_file(proto: onnx.ModelProto) -> bool:
+    """Say whether a valid model has no external data and is below the 2 GB of one ONNX file."""
+    small, left_out = without_data(proto, lambda tensor: True)
+    whole = small.ByteSize() + sum(packed_bytes(tensor) for tensor, _ in left_out)
+    # A few bytes of every field are its tag and length.
+    return whole + 16 * len(left_out) <= MAX_BYTES and not any(map(is_external, tensors(proto)))
 
 
-def _packed_bytes(tensor: onnx.TensorProto) -> int:
-    """Return the bytes that a tensor's shape and type ask for; 0 for strings."""
+def unused_data_files(before: Collection[Path], path: Path) -> list[Path]:
+    """Return those of the files `before` that are there, but hold nothing of the model at `path` any more."""
+    now = external.files_of(onnx.ModelProto.FromString(path.read_bytes()), path.parent)
+    return sorted(file for file in before if file not in now and file.exists())
+
+
+def _write_two_files(proto: onnx.ModelProto, target: Path, folder: Path | None) -> FileInfo:
+    model, outside = _moved_outside(proto)
+    if not outside:
+        return write_model(model, target)
+    old = _own_data_files(target)
+    data, is_new = _write_data(target, outside, folder)
+    for tensor, _ in outside:
+        tensor.external_data[0].value = data.name
+    content = model.SerializeToString(deterministic=True)
     try:
-        data_type = ir.DataType(tensor.data_type)
-        bits = 0 if data_type == ir.DataType.STRING else int(data_type.bitwidth)
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"invalid model: tensor {tensor.name!r} has the unknown type {tensor.data_type}") from error
-    if min(tensor.dims, default=0) < 0:
-        raise ModelError(f"invalid model: tensor {tensor.name!r} has a negative dimension")
-    # Integer arithmetic: absurd dimensions must not overflow a float.
-    return -(-_size(tensor) * bits // 8)
+        # Until here the old model and its data are as they were; after it, the new ones are complete.
+        with disk.replacing(target) as file:
+            file.write(content)
+    except BaseException:
+        if is_new:
+            data.unlink(missing_ok=True)
+        raise
+    for stale in old - {data}:
+        if not _is_mentioned(stale.name, target):
+            # The new model is in place: litter is no failure.
+            with contextlib.suppress(OSError):
+                stale.unlink()
+    return _file_info(target, content)
 
 
-def _size(tensor: onnx.TensorProto) -> int:
-    return math.prod(int(dim) for dim in tensor.dims)
+def _moved_outside(
+    proto: onnx.ModelProto,
+) -> tuple[onnx.ModelProto, list[tuple[onnx.TensorProto, onnx.TensorProto]]]:
+    """Copy a model with its large tensors made external, of a file without a name yet; pair them with the originals."""
+
+    def goes_outside(tensor: onnx.TensorProto) -> bool:
+        return is_external(tensor) or (tensor.HasField("raw_data") and packed_bytes(tensor) >= EXTERNAL_FROM)
+
+    model, moved = without_data(proto, goes_outside)
+    for tensor, _ in moved:
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+    # Tensors in attributes are moved only if they were outside before.
+    outside = [pair for pair in zip(tensors(model), tensors(proto), strict=True) if is_external(pair[0])]
+    position = 0
+    for tensor, original in outside:
+        length = packed_bytes(original)
+        del tensor.external_data[:]
+        for key, entry in (("location", ""), ("offset", str(position)), ("length", str(length))):
+            tensor.external_data.add(key=key, value=entry)
+        position += -(-length // ALIGNMENT) * ALIGNMENT
+    return model, outside
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an exception's message that says something."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if line), type(error).__name__)
+def _write_data(
+    target: Path, outside: list[tuple[onnx.TensorProto, onnx.TensorProto]], folder: Path | None
+) -> tuple[Path, bool]:
+    """Write the data file of a model under a name that nothing has; say whether it is new.
+
+    One that is there already with the same bytes is used instead.
+    """
+    taken: list[Path] = []
+    for file in _data_names(target):
+        if not os.path.lexists(file):
+            break
+        taken.append(file)
+    places = [external.locate(tensor, _require(folder)) if is_external(tensor) else None for _, tensor in outside]
+    with disk.replacing(file) as stream:
+        for (tensor, original), place in zip(outside, places, strict=True):
+            stream.seek(int(tensor.external_data[1].value))
+            if place is None:
+                stream.write(original.raw_data)
+            else:
+                external.copy(place, stream)
+        stream.truncate(stream.tell())
+    for earlier in taken:
+        if disk.has_same_bytes(earlier, file):
+            file.unlink()
+            return earlier, False
+    return file, True
+
+
+def _require(folder: Path | None) -> Path:
+    if folder is None:
+        raise ModelError("the model has external data, whose folder is not known")
+    return folder
+
+
+def _data_names(target: Path) -> Iterator[Path]:
+    yield target.with_name(f"{target.name}.data")
+    for number in count(1):
+        yield target.with_name(f"{target.name}.{number}.data")
+
+
+def _own_data_files(target: Path) -> set[Path]:
+    """Return the data files of the model that is at the target now whose names say that they are its own."""
+    try:
+        if target.is_symlink() or target.stat().st_size > SEARCHED:
+            return set()
+        proto = onnx.ModelProto.FromString(target.read_bytes())
+        names = {external.location(tensor) for tensor in tensors(proto) if is_external(tensor)}
+    except (OSError, DecodeError, ValueError):  # whatever was there is not a model of ours
+        return set()
+    own = re.compile(re.escape(target.name) + r"(\.\d+)?\.data")
+    files = {target.with_name(name) for name in names if own.fullmatch(name)}
+    return {file for file in files if file.is_file() and not file.is_symlink()}
+
+
+def _is_mentioned(name: str, target: Path) -> bool:
+    """Say whether a model in the target's folder, other than the target, may use that data file."""
+    try:
+        others = [file for file in target.parent.glob("*.onnx") if file.name != target.name and file.is_file()]
+        return any(file.stat().st_size > SEARCHED or name.encode() in file.read_bytes() for file in others)
+    except OSError:
+        return True
+
+
+def _external_bytes(proto: onnx.ModelProto) -> int:
+    return sum(packed_bytes(tensor) for tensor in tensors(proto) if is_external(tensor))
 
 
 def _file_info(file: Path, content: bytes) -> FileInfo:
     return FileInfo(str(file), len(content), hashlib.sha256(content).hexdigest())
-
-
-def _sync_directory(directory: Path) -> None:
-    # The rename itself reaches the disk with the directory. Windows cannot open directories.
-    if os.name != "posix":
-        return
-    # The file is in place already: a folder that cannot be opened or synced is no failure.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _embed_external_data(proto: onnx.ModelProto, folder: Path, size: int) -> None:
-    """Move external data into the model. Everything is checked before anything is read."""
-    pending: list[tuple[onnx.TensorProto, Path, int, int]] = []
-    for tensor in _tensors(proto):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            pending.append((tensor, *_locate(tensor, folder)))
-    total = size + sum(length for _, _, _, length in pending)
-    if total > MAX_BYTES:
-        raise ModelError(
-            f"with its external data the model has {total} bytes; more than {MAX_BYTES} is not supported yet"
-        )
-    for tensor, file, offset, length in pending:
-        try:
-            with file.open("rb") as stream:
-                stream.seek(offset)
-                data = stream.read(length)
-        except OSError as error:
-            raise ModelError(f"external data {file.name}: {error.strerror or error}") from error
-        if len(data) != length:
-            raise ModelError(f"external data {file.name} became shorter while being read")
-        tensor.raw_data = data
-        tensor.ClearField("data_location")
-        del tensor.external_data[:]
-
-
-def _locate(tensor: onnx.TensorProto, folder: Path) -> tuple[Path, int, int]:
-    """Return file, offset and length of external data, having checked all three."""
-    what = f"external data of {tensor.name!r}"
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    location = entries.get("location", "")
-    posix, windows = PurePosixPath(location), PureWindowsPath(location)
-    if not location or "\0" in location:
-        raise ModelError(f"{what} has no valid location")
-    if posix.is_absolute() or windows.anchor or ".." in posix.parts + windows.parts:
-        raise ModelError(f"{what} is outside the model's folder: {location!r}")
-    try:
-        file = (folder / location).resolve()
-        if not file.is_relative_to(folder.resolve()):
-            raise ModelError(f"{what} is a link out of the model's folder: {location!r}")
-        if not file.is_file():
-            raise ModelError(f"{what}: no file {location!r} beside the model")
-        available = file.stat().st_size
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        raise ModelError(f"{what}: {first_line(error)}") from error
-    expected = _packed_bytes(tensor)
-    try:
-        offset = int(entries.get("offset", "0"))
-        length = int(entries.get("length", str(expected)))
-    except ValueError as error:
-        raise ModelError(f"{what} has an invalid offset or length") from error
-    if length != expected:
-        raise ModelError(f"{what} has length {length}, but shape {tuple(tensor.dims)} needs {expected}")
-    if offset < 0 or offset + length > available:
-        raise ModelError(f"{what}: bytes {offset} to {offset + length} of {location!r}, which has only {available}")
-    return file, offset, length
-
-
-def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    yield from _graph_tensors(proto.graph)
-    for function in proto.functions:
-        for node in function.node:
-            yield from _node_tensors(node)
-
-
-def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
-        yield from _node_tensors(node)
-
-
-def _node_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
-    for attribute in node.attribute:
-        if attribute.HasField("t"):
-            yield attribute.t
-        yield from attribute.tensors
-        if attribute.HasField("g"):
-            yield from _graph_tensors(attribute.g)
-        for graph in attribute.graphs:
-            yield from _graph_tensors(graph)

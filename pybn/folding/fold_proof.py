@@ -1,310 +1,211 @@
-"""The proof of one fold: the folded operator alone, on the activations of the original model.
+"""The proof of one segment: the folded expression alone, on the activations of the original model.
 
-The activation ``X`` enters the absorbing operator, the activation ``Y`` leaves the batch norm; both
-come from a run of the original model. The folded operator alone is run on ``X`` and compared with
-``Y``, element by element, against a bound.
+The entries ``X`` of the segment and its value ``Y`` come from a run of the original model. The folded expression alone
+is run on ``X`` and compared with ``Y``, element by element, against a bound.
 
-Derivation of the bound. Let ``u`` be the unit roundoff, ``gamma_n = n u / (1 - n u)``, and ``K``
-the number of products in one output of the operator. With ``z = W X + c`` and the batch norm
-``y = a (z - m) + beta``, let ``M = |a| (|W| |X| + |c| + |m|) + |beta|``. By Higham, *Accuracy and
-Stability of Numerical Algorithms*, section 3.1 (inner products, any order of summation) and
-lemma 3.3 (``gamma_i + gamma_j + gamma_i gamma_j <= gamma_(i+j)``):
+Derivation of the bound. In exact arithmetic, and with constants that are not rounded, both expressions are the same
+function of ``X``. `pybn.folding.majorant` derives for each how far its computed value may be from the exact one:
 
-- original: ``K`` for the inner product and 3 for adding the bias and for Gemm's alpha and beta;
-  in the batch norm 4 to get ``a`` (add, square root, division, product) and 3 to apply it. An Add
-  in between is 1. In total ``gamma_(K+11) M``.
-- folded: rounding the folded weights once counts 1, their float64 arithmetic counts at most 7 more
-  if the model is itself float64; evaluating them ``K + 3``, and 1 for an Add: ``gamma_(K+12) M``.
+- original: ``gamma_no M_o``, with the constants as the model has them;
+- folded: ``gamma_nf M_f``, where each constant counts one rounding more, that to its type;
+- the fold computes the new constants in float64 from the old ones. It applies the operators that the original applies
+  to activations, at most twice as many of them (the quotient ``b / a`` for a shift that stays before a nonlinear
+  operator is undone by one product), and on no larger numbers: with the unit roundoff of float64,
+  ``gamma_(2 no) M_o``. That matters for float64 models only.
 
-The difference is therefore at most ``gamma_(2K+23) M``. Where several batch norms went into one
-operator, each further one adds 7 + 8. Rounding to subnormal numbers is absolute rather than
-relative: it adds at most half the smallest subnormal per product and per weight, hence the term
-``eta (2K+23) (1 + max|X|)``. For float16 and bfloat16 the ``2K`` roundings of the inner products
-count in float32, in which onnxruntime's CPU kernels accumulate; the others count in the model's
-type. The bound assumes conventional convolutions, not Winograd or FFT ones.
+The difference is at most the sum of the three. ``no`` and ``nf`` count sums of products apart from the rest, because
+onnxruntime's CPU kernels accumulate float16 in float32, in the unit roundoff of which they then count; onnx.reference
+does not. Where types are mixed, the coarsest counts for all. ``M`` is a sum of non-negative terms, so its own rounding
+is relative to itself, and covered by a factor ``1 + gamma``. The bound assumes conventional convolutions, not Winograd
+or FFT ones.
 
-``M`` comes from the *original* operators, not from the rules: the chain from ``X`` to ``Y`` with
-the absolute value of every weight, bias and attribute, and with the mean replaced by ``-|m|``, is
-run on ``|X|``. It is a sum of non-negative terms, so its own rounding is relative to itself and
-covered by the factor ``1 + gamma_(2K+23)``.
+What is not a float (a shape, say) must be equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import onnx
 import onnx_ir as ir
 
 from pybn.folding.affine import Array
-from pybn.folding.graph import Facts, Scope, attribute, display_name, scopes
-from pybn.folding.report import Fold, FoldCheck
-from pybn.folding.backward import data_input
-from pybn.folding.runtime import CheckError, Session
+from pybn.folding.majorant import Arithmetic, Majorant, Majorants, NoBound, constant_array, is_float
+from pybn.folding.report import FoldCheck
+from pybn.folding.runtime import CheckError, Session, model_of
+from pybn.folding.segments import Expression, Segment
 
-# Roundings outside the inner products: see the derivation above.
-OTHER_ROUNDINGS = 23
-ROUNDINGS_PER_FURTHER_BATCH_NORM = 15
-
-# Unit roundoff and smallest subnormal number.
+# Unit roundoff and smallest normal number.
 PRECISION = {
-    "float16": (2.0**-11, 2.0**-24),
-    "bfloat16": (2.0**-8, 2.0**-133),
-    "float32": (2.0**-24, 2.0**-149),
-    "float64": (2.0**-53, 2.0**-1074),
+    "float16": (2.0**-11, 2.0**-14),
+    "bfloat16": (2.0**-8, 2.0**-126),
+    "float32": (2.0**-24, 2.0**-126),
+    "float64": (2.0**-53, 2.0**-1022),
 }
 
 
-class FoldProof:
-    """One fold: the chain of operators before, the chain after, and the worst element so far."""
+@dataclass(frozen=True)
+class Local:
+    """How a segment's value differs on the original's activations, in its own type; zero where that is not finite.
 
-    def __init__(self, fold: Fold, original: ir.Model, folded: ir.Model) -> None:
-        self.fold = fold
-        self.entering = _entering(original, fold)
-        before, facts = _chain(original, fold, self.entering)
-        after, facts_after = _chain(folded, fold, self.entering)
-        self.in_main_graph = before.scope.is_main
-        weight = facts.constant(before.absorber.inputs[1])
-        batch_norm = facts.constant(before.nodes[-1].inputs[1])
-        assert weight is not None
-        assert batch_norm is not None
-        self._weight = weight
-        self._entering_shape = _entering_shape(before.absorber, weight, facts)
-        # Every output of Conv, ConvTranspose, Gemm and MatMul sums this many products, or fewer.
-        self._products = weight.size // max(batch_norm.size, 1)
-        count = sum(node.op_type == "BatchNormalization" for node in before.nodes)
-        self._others = OTHER_ROUNDINGS + ROUNDINGS_PER_FURTHER_BATCH_NORM * (count - 1)
-        self._reference = _segment(before, facts, lambda op, i, array: array)
-        self._magnitude = _segment(before, facts, _absolute, widen=True)
-        self._folded = _segment(after, facts_after, lambda op, i, array: array)
-        self._sessions: dict[str, Session] = {}
-        self._worst = FoldCheck(fold.name, 0.0, 0.0, False, "no finite activation to compare")
+    Attributes
+    ----------
+    difference : ndarray
+        The folded expression's value minus the original's.
+    bound : ndarray
+        The most that rounding explains.
+    """
+
+    difference: Array
+    bound: Array
+
+
+class SegmentProof:
+    """One segment, and the element of it that came closest to its bound so far.
+
+    Parameters
+    ----------
+    segment : Segment
+        What to prove.
+    folds : sequence of str
+        Names of the folds that changed it.
+    """
+
+    def __init__(self, segment: Segment, folds: Sequence[str]) -> None:
+        self.segment = segment
+        self._folds = tuple(folds)
+        self._folded = Evaluator(segment.folded)
+        self._majorants: tuple[Majorants, Majorants] | None = None
+        self._unit = 0.0
         self._worst_ratio = -1.0
+        self._worst = self._check(0.0, 0.0, passed=False, detail="no finite activation to compare")
 
-    @property
-    def delta_name(self) -> str:
-        """Name of the graph input that moves this fold's output in the probed model."""
-        return f"pybn.delta.{self.fold.output}"
+    def compare(self, activations: Mapping[str, Array], expected: Array) -> Local:
+        """Run the folded expression on the original's activations, and judge every element.
 
-    @property
-    def element_type(self) -> int:
-        """ONNX element type of this fold's output."""
-        return int(ir.DataType.from_numpy(self._weight.dtype))
+        Parameters
+        ----------
+        activations : mapping
+            At least the entries of the segment, by name.
+        expected : ndarray
+            The original's activation of the segment's value.
+        """
+        try:
+            actual = self._folded.run(activations)
+            _require_same_kind(actual, expected)
+            bound = self._bound(activations, expected)
+        except (CheckError, NoBound) as error:
+            self._keep_worst(np.inf, self._check(np.inf, 0.0, passed=False, detail=str(error)))
+            return Local(np.zeros_like(expected), np.zeros_like(expected))
+        with np.errstate(invalid="ignore", over="ignore"):
+            difference = np.subtract(actual, expected, dtype=bound.dtype)
+        self._record(expected, difference, bound)
+        return Local(_narrowed(difference, expected.dtype), _narrowed(bound, expected.dtype))
 
-    def compare(self, entering: Array, leaving: Array) -> Array:
-        """Run the folded operator on X, compare with Y, and return the bound."""
-        actual = self._session("folded").run({"x": entering})[0]
-        # The absolute chain runs in float32 or wider, where sums of 16-bit values do not overflow.
-        wide = np.abs(entering).astype(_wide(entering.dtype))
-        magnitude = self._session("magnitude").run({"x": wide})[0].astype(np.float64)
-        finite_x = np.abs(entering[np.isfinite(entering)]).astype(np.float64)
-        bound = self._bound(magnitude, finite_x.max(initial=0.0), leaving.dtype)
-        self._record(leaving, actual, bound)
-        with np.errstate(over="ignore"):
-            narrow = bound.astype(leaving.dtype)
-        return np.where(np.isfinite(narrow), narrow, np.zeros_like(narrow))
-
-    def compare_on_random_input(self, rng: np.random.Generator) -> None:
-        """Check a fold whose activations cannot be seen from outside."""
-        entering = rng.standard_normal(self._entering_shape).astype(self._weight.dtype)
-        self.compare(entering, self._session("reference").run({"x": entering})[0])
+    def skip(self, detail: str) -> None:
+        """Record that the segment was not compared by itself; the comparison of the models decides."""
+        self._keep_worst(0.0, self._check(0.0, np.inf, passed=True, detail=detail))
 
     def result(self) -> FoldCheck:
         """Return the element that came closest to its bound."""
         return self._worst
 
-    def _bound(
-        self, magnitude: npt.NDArray[np.float64], largest: float, dtype: np.dtype[Any]
-    ) -> npt.NDArray[np.float64]:
-        unit, subnormal = PRECISION[dtype.name]
-        products, others = 2 * self._products, self._others
-        accumulated = min(unit, PRECISION["float32"][0])
-        relative = _gamma(products, accumulated) + _gamma(others, unit)
-        relative += _gamma(products, accumulated) * _gamma(others, unit)
-        bound: npt.NDArray[np.float64] = magnitude * relative * (1 + relative)
-        return bound + subnormal * (products + others) * (1 + largest)
+    def _bound(self, activations: Mapping[str, Array], expected: Array) -> Array:
+        if self._majorants is None:
+            self._majorants = self._make_majorants(activations, expected)
+        known = [majorant(activations) for majorant in self._majorants]
+        before, after = (item if isinstance(item, Majorant) else None for item in known)
+        if before is None or after is None:
+            return np.zeros(np.shape(expected))
+        folding = gamma(2 * (before.products + before.others), PRECISION["float64"][0])
+        bound: Array = before.size * before.size.dtype.type(self._relative(before) + folding)
+        bound += after.size * after.size.dtype.type(self._relative(after))
+        return bound
 
-    def _record(self, expected: Array, actual: Array, bound: npt.NDArray[np.float64]) -> None:
-        if actual.shape != expected.shape:
-            shapes = f"the folded operator gives shape {actual.shape}, expected {expected.shape}"
-            self._keep_worst(np.inf, FoldCheck(self.fold.name, np.inf, 0.0, False, shapes))
-            return
-        usable = np.isfinite(expected) & np.isfinite(bound)
+    def _relative(self, known: Majorant) -> float:
+        accumulated = self._unit
+        if self._folded.is_onnxruntime:
+            accumulated = min(self._unit, PRECISION["float32"][0])
+        sums, others = gamma(known.products, accumulated), gamma(known.others, self._unit)
+        relative = sums + others + sums * others
+        return relative * (1 + relative)
+
+    def _make_majorants(self, activations: Mapping[str, Array], expected: Array) -> tuple[Majorants, Majorants]:
+        arrays = [activations[name] for name in self.segment.entries]
+        for expression in (self.segment.original, self.segment.folded):
+            arrays += [constant_array(value) for value in expression.constants]
+        types = {array.dtype.name for array in (*arrays, expected) if is_float(array)} or {"float32"}
+        self._unit = max(PRECISION[name][0] for name in types)
+        narrow = bool(types & {"float16", "bfloat16"})
+        original, folded = (
+            Arithmetic(
+                wide=np.dtype(np.float64 if "float64" in types else np.float32),
+                smallest=max(PRECISION[name][1] for name in types),
+                entry_roundings=int(narrow),
+                constant_roundings=rounded,
+            )
+            for rounded in (0, 1)
+        )
+        return Majorants(self.segment.original, original), Majorants(self.segment.folded, folded)
+
+    def _record(self, expected: Array, difference: Array, bound: Array) -> None:
+        usable = np.isfinite(expected.astype(bound.dtype)) & np.isfinite(bound)
         if not usable.any():
             return
-        limit = bound[usable]
-        with np.errstate(invalid="ignore", over="ignore"):
-            error = np.abs(actual[usable].astype(np.float64) - expected[usable].astype(np.float64))
-            error[np.isnan(error)] = np.inf
-            ratios = error / limit
-        at = int(np.argmax(ratios))
+        error = np.abs(difference)
+        # NaN: the original is a number, and the folded expression is not.
+        error[~usable], error[usable & np.isnan(error)] = 0.0, np.inf
+        with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+            ratios = np.where(error == 0, 0.0, error / bound)
+        at = np.unravel_index(np.argmax(np.where(usable, ratios, -1.0)), ratios.shape)
         ratio = float(ratios[at])
-        self._keep_worst(ratio, FoldCheck(self.fold.name, float(error[at]), float(limit[at]), ratio <= 1))
+        self._keep_worst(ratio, self._check(float(error[at]), float(bound[at]), passed=ratio <= 1))
+
+    def _check(self, error: float, bound: float, *, passed: bool, detail: str = "") -> FoldCheck:
+        return FoldCheck(self.segment.name, self.segment.scope.label, self._folds, error, bound, passed, detail)
 
     def _keep_worst(self, ratio: float, found: FoldCheck) -> None:
         if ratio > self._worst_ratio:
             self._worst_ratio, self._worst = ratio, found
 
-    def _session(self, which: str) -> Session:
-        if which not in self._sessions:
-            model = {
-                "reference": self._reference,
-                "magnitude": self._magnitude,
-                "folded": self._folded,
-            }[which]
-            self._sessions[which] = Session(model, f"the fold of {self.fold.name}")
-        return self._sessions[which]
+
+def _narrowed(array: Array, dtype: np.dtype[Any]) -> Array:
+    with np.errstate(over="ignore", invalid="ignore"):
+        narrow: Array = array.astype(dtype)
+        narrow[~np.isfinite(array)] = 0
+    return narrow
 
 
-def _gamma(count: int, unit: float) -> float:
+def _require_same_kind(actual: Array, expected: Array) -> None:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        found = f"{actual.dtype} of shape {actual.shape}, expected {expected.dtype} of shape {expected.shape}"
+        raise CheckError(f"the folded expression gives {found}")
+
+
+class Evaluator:
+    """An expression, run by itself. Its constants are fed, so that no session holds a copy of them."""
+
+    def __init__(self, expression: Expression) -> None:
+        self._expression = expression
+        self._session: Session | None = None
+        self.is_onnxruntime = True
+
+    def run(self, activations: Mapping[str, Array]) -> Array:
+        """Compute the value from its entries, by name."""
+        expression = self._expression
+        feeds = {value.name or "": activations[value.name or ""] for value in expression.entries}
+        feeds |= {value.name or "": constant_array(value) for value in expression.constants}
+        if self._session is None:
+            nodes = [ir.to_proto(node) for node in expression.nodes]
+            model = model_of(nodes, feeds, [expression.name], expression.opset)
+            self._session = Session(model, f"the expression of {expression.name} by itself")
+            self.is_onnxruntime = self._session.is_onnxruntime
+        result: Array = np.asarray(self._session.run(feeds)[0])
+        return result
+
+
+def gamma(count: int, unit: float) -> float:
+    """Return the bound of the relative error of `count` roundings; infinite if there are too many."""
     return count * unit / (1 - count * unit) if count * unit < 1 else np.inf
-
-
-@dataclass(frozen=True)
-class _Chain:
-    """The operators from the value that enters the absorber to the batch norm's output."""
-
-    scope: Scope
-    nodes: tuple[ir.Node, ...]
-
-    @property
-    def absorber(self) -> ir.Node:
-        return self.nodes[0]
-
-
-def surviving(folds: Iterable[Fold], folded: ir.Model) -> list[Fold]:
-    """Drop folds whose output is gone: a later batch norm was folded into the same operator.
-
-    The later fold has the same input, and its chain in the original holds both batch norms.
-    """
-    produced = {
-        (scope.label, output.name) for scope in scopes(folded) for node in scope.graph for output in node.outputs
-    }
-    return [fold for fold in folds if (fold.graph, fold.output) in produced]
-
-
-def _entering(original: ir.Model, fold: Fold) -> str:
-    """Return the name of the value that enters the operator which absorbed the fold."""
-    facts = Facts(original)
-    for scope in scopes(original):
-        value: ir.Value | None = _output(scope, fold) if scope.label == fold.graph else None
-        while value is not None and (producer := value.producer()) is not None:
-            value = producer.inputs[data_input(producer, facts)]
-            if display_name(producer) in fold.into:
-                return (value.name if value is not None else None) or ""
-    raise CheckError(f"fold {fold.name}: {fold.output} does not depend on {', '.join(fold.into)}")
-
-
-def _output(scope: Scope, fold: Fold) -> ir.Value:
-    return next(output for node in scope.graph for output in node.outputs if output.name == fold.output)
-
-
-def _chain(model: ir.Model, fold: Fold, entering: str) -> tuple[_Chain, Facts]:
-    facts = Facts(model)
-    scope = next(scope for scope in scopes(model) if scope.label == fold.graph)
-    value: ir.Value | None = _output(scope, fold)
-    nodes: list[ir.Node] = []
-    while value is not None and value.name != entering:
-        producer = value.producer()
-        if producer is None:
-            raise CheckError(f"fold {fold.name}: {fold.output} does not depend on {entering}")
-        nodes.append(producer)
-        value = producer.inputs[data_input(producer, facts)]
-    return _Chain(scope, tuple(reversed(nodes))), facts
-
-
-def _segment(
-    chain: _Chain,
-    facts: Facts,
-    change: Callable[[str, int, Array], Array],
-    *,
-    widen: bool = False,
-) -> onnx.ModelProto:
-    """Make a model of the chain alone, from "x" to "y", with its constants changed."""
-    weight = facts.constant(chain.absorber.inputs[1])
-    assert weight is not None
-    dtype = _wide(weight.dtype) if widen else weight.dtype
-    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.from_numpy(dtype)))
-    value = x
-    nodes: list[ir.Node] = []
-    initializers: list[ir.Value] = []
-    for position, node in enumerate(chain.nodes):
-        data = data_input(node, facts)
-        inputs: list[ir.Value | None] = []
-        for index, source in enumerate(node.inputs):
-            if index == data:
-                inputs.append(value)
-                continue
-            array = facts.constant(source)
-            if array is None:
-                inputs.append(None)
-                continue
-            if array.dtype.name in PRECISION:
-                array = change(node.op_type, index, array)
-                array = array.astype(_wide(array.dtype)) if widen else array
-            name = f"{position}.{index}"
-            constant = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-            constant.shape, constant.dtype = (
-                ir.Shape(array.shape),
-                ir.DataType.from_numpy(array.dtype),
-            )
-            initializers.append(constant)
-            inputs.append(constant)
-        attributes = [item for item in node.attributes.values() if not item.is_ref()]
-        if widen:
-            attributes = [
-                ir.AttrFloat32(item.name, abs(attribute(node, item.name, 1.0)))
-                if item.name in ("alpha", "beta")
-                else item
-                for item in attributes
-            ]
-        copy = ir.Node("", node.op_type, inputs, attributes, num_outputs=1, name=f"n{position}")
-        nodes.append(copy)
-        value = copy.outputs[0]
-        value.name = f"v{position}"
-    value.name = "y"
-    value.type = ir.TensorType(ir.DataType.from_numpy(dtype))
-    graph = ir.Graph(
-        [x],
-        [value],
-        nodes=nodes,
-        initializers=initializers,
-        opset_imports={"": chain.scope.opset},
-        name="segment",
-    )
-    return ir.to_proto(ir.Model(graph, ir_version=max(facts.model.ir_version, 4)))
-
-
-def _absolute(op_type: str, index: int, array: Array) -> Array:
-    """Make every term of the chain non-negative: see the derivation of M above."""
-    if op_type == "BatchNormalization" and index == 3:
-        return -np.abs(array)
-    if op_type == "BatchNormalization" and index == 4:
-        return array
-    return np.abs(array)
-
-
-def _wide(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
-
-
-def _entering_shape(node: ir.Node, weight: Array, facts: Facts) -> list[int]:
-    """Return a shape that the operator accepts: a small batch, just larger than the kernel."""
-    if node.op_type == "MatMul":
-        return [4, weight.shape[0]]
-    if node.op_type == "Gemm":
-        features = weight.shape[1 if attribute(node, "transB", 0) else 0]
-        bias = facts.constant(node.inputs[2] if len(node.inputs) > 2 else None)
-        # A bias with several rows fixes the number of rows of the product.
-        rows = bias.shape[0] if bias is not None and bias.ndim == 2 and bias.shape[0] > 1 else 4
-        return [features, rows] if attribute(node, "transA", 0) else [rows, features]
-    groups = attribute(node, "group", 1)
-    channels = weight.shape[0] if node.op_type == "ConvTranspose" else weight.shape[1] * groups
-    kernel = weight.shape[2:]
-    dilations = attribute(node, "dilations", (1,) * len(kernel))
-    spatial = [(size - 1) * step + 4 for size, step in zip(kernel, dilations, strict=True)]
-    return [2, channels, *spatial]

@@ -18,6 +18,9 @@ STANDARD_DOMAINS = ("", "ai.onnx")
 
 FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
 
+# Of what DequantizeLinear takes, the types that NumPy has.
+INTEGERS = frozenset({"int8", "uint8", "int16", "uint16", "int32"})
+
 # Before IR version 4 an initializer had to be listed among the graph inputs; it is a constant all
 # the same. Since then a listed one is a default that the caller may override.
 OVERRIDABLE_SINCE_IR = 4
@@ -79,6 +82,40 @@ def standard_type(node: ir.Node, model: ir.Model) -> str | None:
     return node.op_type
 
 
+@dataclass(frozen=True)
+class Dequantized:
+    """A constant behind a DequantizeLinear: ``(values - zero_point) * scale``.
+
+    Attributes
+    ----------
+    values : ndarray of integers
+        Any shape.
+    scale : ndarray of floats
+        A single value, or one per slice of `values` along `axis`.
+    zero_point : ndarray or None
+        As `scale`; None stands for zeros.
+    axis : int
+        Counted from the front.
+    """
+
+    values: npt.NDArray[Any]
+    scale: npt.NDArray[Any]
+    zero_point: npt.NDArray[Any] | None
+    axis: int
+
+    @property
+    def array(self) -> npt.NDArray[Any]:
+        """The numbers that the constant stands for, in float64."""
+        shape = [1] * self.values.ndim
+        if self.scale.size > 1:
+            shape[self.axis] = -1
+        zero = 0.0 if self.zero_point is None else self.zero_point.astype(np.float64).reshape(shape)
+        result: npt.NDArray[Any] = (self.values.astype(np.float64) - zero) * self.scale.astype(np.float64).reshape(
+            shape
+        )
+        return result
+
+
 class Facts:
     """Answers about the values of one model: is it a constant, which shape and type has it."""
 
@@ -107,6 +144,23 @@ class Facts:
         for node in reversed(_constant_path(value)):
             array = None if array is None else _evaluate(node, array)
         return array
+
+    def dequantized(self, value: ir.Value | None) -> Dequantized | None:
+        """Return the integers and scales of a constant behind a DequantizeLinear, else None."""
+        node = None if value is None else value.producer()
+        if node is None or standard_type(node, self.model) != "DequantizeLinear" or len(node.inputs) < 2:
+            return None
+        values, scale = (self.constant(item) for item in node.inputs[:2])
+        has_zero = len(node.inputs) > 2 and node.inputs[2] is not None
+        zero_point = self.constant(node.inputs[2]) if has_zero else None
+        if values is None or scale is None or (has_zero and zero_point is None):
+            return None
+        # Before opset 13 there is one scale; since 21 there may be blocks, which have no place here.
+        axis = int(attribute(node, "axis", 1)) if scale.size > 1 else 0
+        plain = not attribute(node, "block_size", 0) and not attribute(node, "output_dtype", 0)
+        if scale.ndim > 1 or scale.dtype.name not in FLOATS or values.dtype.name not in INTEGERS or not plain:
+            return None
+        return Dequantized(values, scale, zero_point, axis % max(values.ndim, 1))
 
     def is_overridable(self, value: ir.Value | None) -> bool:
         """Say whether the value is a default that the caller of the model may override."""
@@ -154,6 +208,12 @@ class Facts:
         """Say whether the elements are proven to be of one of the float types that can be folded."""
         dtype = self.dtype(value)
         return dtype is not None and dtype.name in FLOATS
+
+    def adopt(self, value: ir.Value, like: ir.Value) -> None:
+        """Take over for a new value what is known of one of the same type and shape."""
+        known = self._inference(like)
+        if known is not None and self._inferred is not None:
+            self._inferred[value] = known
 
     def _inference(self, value: ir.Value) -> ir.Value | None:
         if value.producer() is None:
@@ -282,7 +342,7 @@ def _bare(model: ir.Model) -> onnx.ModelProto:
 
 def _without_data(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     if tensor.size <= _LARGEST_SHAPE:
-        return tensor
+        return ir.tensor(tensor.numpy(), name=tensor.name) if isinstance(tensor, ir.ExternalTensor) else tensor
     stub = onnx.TensorProto(name=tensor.name or "", data_type=int(tensor.dtype), dims=tensor.shape.numpy())
     return ir.TensorProtoTensor(stub)
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TypeAlias
+
 import onnx_ir as ir
 
 from pybn.folding.graph import STANDARD_DOMAINS, constant_source, display_name
 from pybn.folding.report import GRAPH_INPUT, GRAPH_OUTPUT, Neighbour
 
 # A value may have hundreds of users. What is nearest is kept.
-MOST = 24
+MOST = 16
+
+
+# A node, or where a value enters or leaves the graph.
+Place: TypeAlias = ir.Node | tuple[str, ir.Value]
 
 
 def neighbours(node: ir.Node, steps: int = 2) -> tuple[Neighbour, ...]:
@@ -16,40 +23,37 @@ def neighbours(node: ir.Node, steps: int = 2) -> tuple[Neighbour, ...]:
 
     Constants are left out; the inputs and outputs of the graph count as nodes.
     """
-    found: dict[tuple[int, str], Neighbour] = {(id(node), node.op_type): _neighbour(node)}
-    frontier = [node]
+    found: dict[Place, None] = {node: None}
+    frontier: list[Place] = [node]
     for _ in range(steps):
-        reached: list[ir.Node] = []
-        for current in frontier:
-            for value in (*_data(current), *current.outputs):
-                for other in _ends(value):
-                    if isinstance(other, Neighbour):
-                        found.setdefault((id(value), other.op_type), other)
-                    elif (id(other), other.op_type) not in found:
-                        found[id(other), other.op_type] = _neighbour(other)
-                        reached.append(other)
-        frontier = reached
-    return tuple(found.values())[:MOST]
+        reached = dict.fromkeys(near for place in frontier for near in _adjacent(place) if near not in found)
+        found |= reached
+        frontier = list(reached)
+    return tuple(_neighbour(place) for place in list(found)[:MOST])
 
 
-def _ends(value: ir.Value) -> list[ir.Node | Neighbour]:
-    """Return where a value comes from and where it goes."""
-    name, producer = value.name or "", value.producer()
-    ends: list[ir.Node | Neighbour] = []
-    if producer is not None:
-        ends.append(producer)
-    elif name:
-        ends.append(Neighbour(name, GRAPH_INPUT, (), (name,)))
-    ends.extend(use.node for use in value.uses())
-    if value.is_graph_output():
-        ends.append(Neighbour(name, GRAPH_OUTPUT, (name,), ()))
-    return ends
+def _adjacent(place: Place) -> Iterator[Place]:
+    if isinstance(place, ir.Node):
+        inputs, outputs = _data(place), list(place.outputs)
+    else:
+        kind, value = place
+        inputs, outputs = ([], [value]) if kind == GRAPH_INPUT else ([value], [])
+    for value in inputs:
+        yield value.producer() or (GRAPH_INPUT, value)
+    for value in outputs:
+        yield from (use.node for use in value.uses())
+        if value.is_graph_output():
+            yield GRAPH_OUTPUT, value
 
 
-def _neighbour(node: ir.Node) -> Neighbour:
-    op_type = node.op_type if node.domain in STANDARD_DOMAINS else f"{node.domain}::{node.op_type}"
-    inputs = tuple(value.name or "" for value in _data(node))
-    return Neighbour(display_name(node), op_type, inputs, tuple(o.name for o in node.outputs if o.name))
+def _neighbour(place: Place) -> Neighbour:
+    if not isinstance(place, ir.Node):
+        kind, value = place
+        names = (value.name or "",)
+        return Neighbour(names[0], kind, () if kind == GRAPH_INPUT else names, names if kind == GRAPH_INPUT else ())
+    op_type = place.op_type if place.domain in STANDARD_DOMAINS else f"{place.domain}::{place.op_type}"
+    inputs = tuple(value.name or "" for value in _data(place))
+    return Neighbour(display_name(place), op_type, inputs, tuple(value.name for value in place.outputs if value.name))
 
 
 def _data(node: ir.Node) -> list[ir.Value]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Generic, TypeVar, overload
 
 import onnx
@@ -33,6 +34,7 @@ def fold_onnx(
     skip: Collection[str] = (),
     only: Collection[str] = (),
     progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> FoldResult[onnx.ModelProto]: ...
 @overload
 def fold_onnx(
@@ -50,13 +52,15 @@ def fold_onnx(
     skip: Collection[str] = (),
     only: Collection[str] = (),
     progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> FoldResult[onnx.ModelProto] | FoldResult[ir.Model]:
     """Remove the evaluation-mode batch norms of an ONNX model, and other affine nodes, exactly.
 
     Parameters
     ----------
     model_or_path : path, onnx.ModelProto or onnx_ir.Model
-        Left untouched. External data of a path is read and becomes part of the result.
+        Left untouched. External data of a path becomes part of the result if it stays below the 2 GB of one
+        message; else what the fold leaves alone still refers to the files beside that path.
     aggressive : bool
         Also make rewrites that save no operator, such as an Add for a batch norm.
     skip : collection of str
@@ -66,6 +70,8 @@ def fold_onnx(
         Names of the affine nodes that are to be folded; empty: all.
     progress : callable, optional
         Called with the number of affine nodes that have been looked at, and with that of all.
+    folder : Path, optional
+        Where the external data of a ModelProto is, if it has any.
 
     Returns
     -------
@@ -91,34 +97,51 @@ def fold_onnx(
         clone = model_or_path.clone()
         return FoldResult(clone, fold_in_place(clone, options))
     if isinstance(model_or_path, onnx.ModelProto):
-        files.validate(model_or_path)
-        return _fold_proto(model_or_path, options)
+        files.validate(model_or_path, folder)
+        return _fold_proto(model_or_path, folder, options)
     if isinstance(model_or_path, (str, os.PathLike)):
         proto, info = files.read_model(model_or_path)
-        result = _fold_proto(proto, options)
+        result = _fold_proto(proto, Path(model_or_path).parent, options)
         return FoldResult(result.model, replace(result.report, input=info))
     raise TypeError(
         f"model_or_path is {type(model_or_path).__name__}, expected a path, an onnx.ModelProto or an onnx_ir.Model"
     )
 
 
-def _fold_proto(proto: onnx.ModelProto, options: Options) -> FoldResult[onnx.ModelProto]:
+def _fold_proto(proto: onnx.ModelProto, folder: Path | None, options: Options) -> FoldResult[onnx.ModelProto]:
     """Fold a valid ModelProto into a new one."""
-    try:
-        model = ir.from_proto(proto)
-    except Exception as error:  # onnx-ir has no common base class for what it rejects
-        raise files.ModelError(f"invalid model: {files.first_line(error)}") from error
+    model = files.to_ir(proto, folder)
     # onnx-ir shares tensors with the ModelProto, but its graph is new: nothing of `proto` changes.
     report = fold_in_place(model, options)
     result = onnx.ModelProto()
     if report.folds:
-        result = ir.to_proto(model)
+        result = _serialize(model)
         _restore_descriptions(result.graph, proto.graph)
-        files.validate(result)
+        files.validate(result, folder)
     else:
         # Nothing to fold: the very same bytes. So folding twice equals folding once.
         result.CopyFrom(proto)
     return FoldResult(result, report)
+
+
+def _serialize(model: ir.Model) -> onnx.ModelProto:
+    """Turn a model, which is spent by it, into a ModelProto.
+
+    The new weights move there one after the other, so that they are never all in memory twice.
+    """
+    moving: dict[str, ir.TensorProtocol] = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.Tensor):
+            moving[name] = tensor
+            stub = onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=tensor.shape.numpy())
+            value.const_value = ir.TensorProtoTensor(stub)
+        del tensor
+    result = ir.to_proto(model)
+    for initializer in result.graph.initializer:
+        if initializer.name in moving:
+            initializer.raw_data = moving.pop(initializer.name).tobytes()
+    return result
 
 
 def _restore_descriptions(result: onnx.GraphProto, original: onnx.GraphProto) -> None:

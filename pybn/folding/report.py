@@ -7,7 +7,9 @@ and the picture that people see are made from it: `pybn.terminal`, `pybn.folding
 from __future__ import annotations
 
 import json
+import math
 import types
+from collections import Counter
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
@@ -65,6 +67,11 @@ class Fold:
     outputs: tuple[str, ...]
     cost: int
     scale_range: tuple[float, float]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The graph and the name, by which the check knows the fold."""
+        return self.graph, self.name
 
 
 @dataclass(frozen=True)
@@ -129,25 +136,30 @@ Row: TypeAlias = Fold | Left
 class Spread:
     """How large the weights of an operator are, by output channel.
 
-    The scale of a channel is its largest |w|: what one quantisation step per channel is proportional to. With one step
-    per tensor, ``log2(largest / smallest)`` is the number of bits that the smallest channel loses.
+    The scale of a channel is its largest |w|: a quantisation step per channel is proportional to it. A step per tensor
+    is proportional to the largest scale, which costs the channel of the smallest one `bits`.
 
     Attributes
     ----------
-    least : float
-        The least |w| > 0 of the tensor; 0 if all are zero.
-    smallest, median, largest : float
-        Of the scales of the channels that are not all zero; 0 if all are.
+    least_weight : float
+        The least |w| > 0 of the tensor; 0 if all weights are zero.
+    smallest_scale, median_scale, largest_scale : float
+        Over the channels that are not all zero; 0 if all are.
     channels, zero_channels : int
         Output channels, and those among them whose weights are all zero.
     """
 
-    least: float
-    smallest: float
-    median: float
-    largest: float
+    least_weight: float
+    smallest_scale: float
+    median_scale: float
+    largest_scale: float
     channels: int
     zero_channels: int
+
+    @property
+    def bits(self) -> float:
+        """Bits that one step per tensor costs the smallest channel: log2(largest / smallest). NaN if there are none."""
+        return math.log2(self.largest_scale) - math.log2(self.smallest_scale) if self.smallest_scale > 0 else math.nan
 
 
 @dataclass(frozen=True)
@@ -180,9 +192,27 @@ class FileInfo:
 
 @dataclass(frozen=True)
 class FoldCheck:
-    """One fold against its own bound, at the element where it came closest to it."""
+    """A value that both models compute in different ways, at the element where the two came closest to the bound.
 
-    name: str
+    Attributes
+    ----------
+    output : str
+        The value's name, in both models.
+    graph : str
+        The graph it is in, as in `Fold`.
+    folds : tuple of str
+        Names of the folds that changed how it is computed.
+    error, bound : float
+        The difference there, and the most that rounding explains.
+    passed : bool
+        Whether every difference is within its bound.
+    detail : str
+        Why it could not be compared, if it could not.
+    """
+
+    output: str
+    graph: str
+    folds: tuple[str, ...]
     error: float
     bound: float
     passed: bool
@@ -217,6 +247,13 @@ class OutputCheck:
     passed: bool
 
 
+def closeness(check: FoldCheck | OutputCheck) -> float:
+    """Return the error as a part of the bound; infinity for what did not pass."""
+    if not check.passed:
+        return math.inf
+    return check.error / check.bound if check.bound else 0.0
+
+
 @dataclass(frozen=True)
 class Timing:
     """Median seconds per run of both models, optimised by the runtime or not."""
@@ -240,13 +277,30 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Check:
-    """The proof that the folded model computes what the original did."""
+    """The proof that the folded model computes what the original did.
+
+    Attributes
+    ----------
+    inputs : int
+        How many inputs both models were run on.
+    folds : tuple of FoldCheck
+        Every value that the models compute in different ways.
+    outputs : tuple of OutputCheck
+        The outputs of the folded model against those of the original.
+    runtime_optimiser, runtime_optimiser_folded : tuple of OutputCheck
+        The original model, and the folded one, as onnxruntime's optimiser rewrites it, against the same model as it is.
+    timing : Timing or None
+        None if onnxruntime cannot run the models.
+    predictions : Predictions or None
+        None without labels.
+    """
 
     inputs: int
     folds: tuple[FoldCheck, ...]
     outputs: tuple[OutputCheck, ...]
     runtime_optimiser: tuple[OutputCheck, ...]
-    timing: Timing
+    runtime_optimiser_folded: tuple[OutputCheck, ...]
+    timing: Timing | None
     predictions: Predictions | None
 
     @property
@@ -255,9 +309,23 @@ class Check:
         return all(f.passed for f in self.folds) and all(o.passed for o in self.outputs)
 
     @property
+    def by_fold(self) -> dict[tuple[str, str], FoldCheck]:
+        """What was found of each fold, by its `Fold.key`: of several values, the one that is closest to its bound."""
+        found: dict[tuple[str, str], FoldCheck] = {}
+        for check in sorted(self.folds, key=closeness):
+            found |= {(check.graph, name): check for name in check.folds}
+        return found
+
+    @property
     def runtime_agrees(self) -> bool:
-        """Whether the runtime's optimiser keeps the original model's outputs within the bound."""
-        return all(output.passed for output in self.runtime_optimiser)
+        """Whether the runtime's optimiser keeps the outputs of both models within the bound."""
+        return not self.runtime_at_fault
+
+    @property
+    def runtime_at_fault(self) -> tuple[str, ...]:
+        """Which models the runtime's own optimiser breaks: "original", "folded", both or none."""
+        tallies = (("original", self.runtime_optimiser), ("folded", self.runtime_optimiser_folded))
+        return tuple(name for name, outputs in tallies if not all(output.passed for output in outputs))
 
 
 @dataclass(frozen=True)
@@ -321,6 +389,11 @@ class FoldReport:
             "affines_left": affines_left,
         }
 
+    @property
+    def aggressive_would(self) -> dict[str, int]:
+        """What ``aggressive`` would do, and to how many of the rows that stay; the most frequent first."""
+        return dict(Counter(row.would for row in self.left if row.would is not None).most_common())
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, ready for JSON; ``docs/report.md`` says what they mean.
 
@@ -335,6 +408,7 @@ class FoldReport:
         if self.check is not None:
             values["check"]["passed"] = self.check.passed
             values["check"]["runtime_agrees"] = self.check.runtime_agrees
+            values["check"]["runtime_at_fault"] = list(self.check.runtime_at_fault)
         return {"schema": SCHEMA, "counts": self.counts, **values}
 
     def to_json(self) -> str:
@@ -374,7 +448,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, Reason):
         return value.value
-    if isinstance(value, float) and value - value != 0.0:
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
@@ -385,7 +459,10 @@ def _read(kind: Any, value: Any) -> Any:
     if origin in (Union, types.UnionType):
         if type(None) in arguments:
             return None if value is None else _read(arguments[0], value)
-        return _read(Fold if value["status"] == "folded" else Left, value)  # `Row`, the only other union
+        status = value["status"]  # of a `Row`, the only other union
+        if status not in ("folded", "left"):
+            raise ValueError(f"{status!r} is neither 'folded' nor 'left'")
+        return _read(Fold if status == "folded" else Left, value)
     if origin is tuple:
         if not isinstance(value, list):
             raise TypeError(f"{value!r} is not a list")
@@ -395,7 +472,7 @@ def _read(kind: Any, value: Any) -> Any:
         items = {field.name: _read(hints[field.name], value[field.name]) for field in fields(kind)}
         return kind(**items)  # type: ignore[operator]  # mypy takes it for an instance
     if kind is float:
-        return float("nan") if value is None else float(value)
+        return math.nan if value is None else float(value)
     if origin is Literal:
         if value not in arguments:
             raise ValueError(f"{value!r} is none of {', '.join(arguments)}")

@@ -80,6 +80,9 @@ def absorb_after(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Ste
     """A map after a map, ``a (s x + t) + b``: a batch norm takes all of it, others what they can."""
     source = read(node, facts)
     assert isinstance(source, Source)
+    apart = _axes_apart(source, affine)
+    if apart is not None:
+        return apart
     own, total = source.affine, source.affine.then(affine)
     if source.is_batch_norm:
         return Step((_batch_norm_with(source, total, facts),))
@@ -90,7 +93,9 @@ def absorb_after(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Ste
             return Step((scaled,))
         if not total.scale.all():
             return Refusal(Reason.SHIFT_STAYS, f"a channel of {node.op_type} is scaled to 0, and a shift would be lost")
-        return Step((scaled,), ((source.data, _shift(total.shift / total.scale, total.axis)),))
+        inner = _shift(total.shift / total.scale, total.axis)
+        require_room(inner, facts.dtype(node.inputs[source.data]))
+        return Step((scaled,), ((source.data, inner),))
     # t + s x, with s = 1 or -1, becomes (a t + b) + s (a x).
     shifted = Affine(np.broadcast_to(own.scale, total.scale.shape), total.shift, total.axis)
     return Step((_chain_with(source, shifted, facts),), ((source.data, affine.only_scale()),))
@@ -102,6 +107,9 @@ def absorb_before(node: ir.Node, index: int, affine: Affine, facts: Facts) -> St
     assert isinstance(source, Source)
     if index != source.data:
         return Refusal(Reason.NO_LINEAR_CONSUMER, f"it is a parameter of {node.op_type}")
+    apart = _axes_apart(source, affine)
+    if apart is not None:
+        return apart
     own, total = source.affine, affine.then(source.affine)
     if source.is_batch_norm:
         return Step((_batch_norm_with(source, total, facts),))
@@ -114,7 +122,28 @@ def absorb_before(node: ir.Node, index: int, affine: Affine, facts: Facts) -> St
     sign = np.broadcast_to(own.scale, total.scale.shape)
     with np.errstate(over="ignore", invalid="ignore"):  # round_to reports what is not finite
         shifted = Affine(sign, total.shift / (sign * total.scale), total.axis)
+    require_room(shifted, facts.dtype(node.inputs[index]))
     return Step((_chain_with(source, shifted, facts),), ((0, affine.only_scale()),))
+
+
+# How large a shift may become in float16 on its way; the largest number is 65504.
+MOST_SHIFT_FLOAT16 = 4096.0
+
+
+def require_room(affine: Affine, dtype: np.dtype[Any] | None) -> None:
+    """Raise FoldError if a shift that was divided by a scale may make data overflow that did not before."""
+    largest = float(np.abs(affine.shift).max(initial=0.0))
+    if (dtype is None or dtype.name == "float16") and not largest <= MOST_SHIFT_FLOAT16:
+        raise FoldError(Reason.OUTSIDE_DTYPE, f"a shift would reach {largest:.4g} before it is scaled down, in float16")
+
+
+def _axes_apart(source: Source, affine: Affine) -> Refusal | None:
+    if None in (source.affine.axis, affine.axis) or source.affine.axis == affine.axis:
+        return None
+    return Refusal(
+        Reason.AMBIGUOUS_BROADCAST,
+        f"the constant of {source.node.op_type} is along axis {source.affine.axis}, the map along {affine.axis}",
+    )
 
 
 def _shift(shift: Float64, axis: int | None) -> Affine:
@@ -138,15 +167,17 @@ def remainder(source: Source, affine: Affine, facts: Facts) -> Remainder:
         If the constant overflows, or the type or rank of the data is unknown.
     """
     value = source.node.inputs[source.data]
-    dtype = facts.dtype(value)
+    dtype, opset = facts.dtype(value), facts.opset(source.node)
+    if opset < 7:
+        raise FoldError(Reason.OLD_OPSET, f"Add and Mul of opset {opset} broadcast in another way")
     if dtype is None:
         raise FoldError(Reason.TYPE_MISMATCH, f"the type of {source.node.op_type}'s data is unknown")
     values = affine.shift if affine.keeps_scale else affine.scale
-    constant = _constant_along(values, affine, facts.rank(value), dtype)
+    constant = chain_constant(values, affine, facts.rank(value), dtype)
     return Remainder("Add" if affine.keeps_scale else "Mul", constant)
 
 
-def _constant_along(values: Float64, affine: Affine, rank: int | None, dtype: np.dtype[Any]) -> Array:
+def chain_constant(values: Float64, affine: Affine, rank: int | None, dtype: np.dtype[Any]) -> Array:
     """Give one value per channel the shape in which it broadcasts against data of this rank."""
     rounded = round_to(values, dtype, "the folded constant")
     if affine.axis is None:
@@ -301,5 +332,5 @@ def _chain_with(source: Source, affine: Affine, facts: Facts) -> Rewrite:
     if old is not None and old.size == values.size:
         constant = round_to(values, dtype, "the folded constant").reshape(old.shape)
     else:
-        constant = _constant_along(values, affine, facts.rank(node.inputs[data]), dtype)
+        constant = chain_constant(values, affine, facts.rank(node.inputs[data]), dtype)
     return Rewrite(node, {1 - data: constant}, op_type)

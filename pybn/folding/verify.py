@@ -1,42 +1,57 @@
 """The proof that a folded model computes what the original did.
 
-Everything is run by onnxruntime on the CPU with its graph optimisations off, because its own
-optimiser makes wrong folds. The proof has two parts.
+Everything is run on the CPU with graph optimisations off, because onnxruntime's own optimiser makes wrong folds. The
+proof has two parts.
 
-**Every fold by itself**, against a rigorous bound: `pybn.folding.fold_proof` derives it. One run
-of the original model yields the activations around every fold.
+**Every difference by itself**, against a rigorous bound. `pybn.folding.segments` finds the values that the two models
+compute in different ways, `pybn.folding.fold_proof` compares the two ways on the activations of a run of the original.
+Where all pass, both models compute the same function, up to rounding, on these inputs.
 
-**The whole model.** The graph outputs of both models are compared. How far the errors of the
-folds may move them depends on the rest of the network, which is probed: an Add in the folded model
-moves every fold's output, all at once, by random signs times its own bound. The largest movement
-over `PROBES` draws, plus one rounding of the output, times `SAFETY`, is the bound for that output.
-This is a first-order stochastic estimate of a worst case, not a proof: random signs do not add up
-as the worst signs would, but the actual errors are far below their bounds, too.
+**The whole model.** The graph outputs of both models are compared. How far the differences of the segments may move
+them depends on the rest of the network, which `pybn.folding.probing` measures: the bound of an output is `SAFETY` times
+its movement when every segment's value moves by its own measured difference, plus one rounding of the output. That is a
+first-order estimate. Where an output jumps (it is sorted, or has passed a threshold), it may miss; then what counts is
+the movement under random signs times the bounds of the segments. (A proof would propagate absolute values: each layer
+then multiplies the bound by the ratio of a sum of absolute products to the sum itself, and after a few layers it says
+nothing. The proof is in the segments.)
 
-A fold inside a subgraph or local function cannot be probed from outside. Its own check then uses
-random activations, and the model's outputs are held to a plain tolerance, which the report says.
+A segment inside a subgraph, or a function that cannot be inlined, cannot be seen or probed from outside. Its own check
+then uses random activations, and the model's outputs are held to a plain tolerance, which the report says.
+
+Last, both models are run as onnxruntime's optimiser rewrites them, and compared with themselves as they are: so it is
+known whether a difference that a user sees comes from the fold or from the runtime.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import EncodeError
 
 from pybn.folding.affine import Array
-from pybn.folding.fold_proof import PRECISION, FoldProof, surviving
+from pybn.folding.fold_proof import PRECISION, Evaluator, Local, SegmentProof
+from pybn.folding.inlining import inline, origin
+from pybn.folding.inputs import random_entries
+from pybn.folding.probing import Probe, expose
 from pybn.folding.report import Check, FoldReport, OutputCheck, Predictions
 from pybn.folding.runtime import CheckError, Feeds, Session, time_models
+from pybn.folding.segments import DifferentInterface, Segment, segments
 
-PROBES = 3
 SAFETY = 4.0
-# The tolerance for models whose folds cannot be probed, in units of u times the largest output.
-UNPROBED_TOLERANCE = 1e4
+# The tolerance where no bound is derived, in units of u times the largest output: for models whose segments cannot all
+# be probed, and for the runtime's optimiser, which may change the order of every sum.
+TOLERANCE = 1e4
+
+# Models above this size, in bytes, are run from a file: one protobuf message holds 2 GiB at most.
+LARGE = 2**30
 
 
 def verify(
@@ -46,6 +61,7 @@ def verify(
     inputs: Sequence[Feeds],
     *,
     labels: Array | None = None,
+    folder: Path | None = None,
     progress: Callable[[Iterable[Feeds]], Iterable[Feeds]] = iter,
 ) -> Check:
     """Compare a folded model with its original on the given inputs.
@@ -60,6 +76,8 @@ def verify(
         Arrays by input name: one dict per run. At least one.
     labels : ndarray, optional
         The true classes of the first samples, over as many inputs as they fill.
+    folder : path, optional
+        Where the external data of the models are, if they have any.
     progress : callable
         Wraps the iteration over the inputs.
 
@@ -71,58 +89,178 @@ def verify(
     Raises
     ------
     CheckError
-        If a model cannot be run on an input.
+        If a model cannot be run on an input, or the models do not have the same inputs and outputs.
     """
     if not inputs:
         raise CheckError("no inputs to check with")
-    graphs = ir.from_proto(original), ir.from_proto(folded)
-    proofs = [FoldProof(fold, *graphs) for fold in surviving(report.folds, graphs[1])]
-    watched = [proof for proof in proofs if proof.in_main_graph]
-    before = Session(_expose(original, watched), "the original model")
-    after = Session(folded, "the folded model")
-    probed = Session(_perturbed(folded, watched), "the folded model")
-    optimised = Session(original, "the original model, optimised", optimise=True)
-    names = [output.name for output in original.graph.output]
-    outputs = {name: _OutputTally(name, len(watched) == len(proofs)) for name in names}
-    optimiser = {name: _OutputTally(name, len(watched) == len(proofs)) for name in names}
-    classes_before: list[Array] = []
-    classes_after: list[Array] = []
-    rng = np.random.default_rng(0)
+    with _opened(original, folder) as before, _opened(folded, folder) as after:
+        found = _Comparison(before, after, report).run(inputs, labels, progress)
+        # All other sessions are gone by now, with their memory.
+        timing = time_models((before.proto, after.proto), (before.folder, after.folder), inputs[0])
+        return replace(found, timing=timing)
 
-    for proof in proofs:
-        if not proof.in_main_graph:
-            proof.compare_on_random_input(rng)
-    for feeds in progress(inputs):
-        exposed = before.run(feeds)
-        expected, actual = exposed[: len(names)], after.run(feeds)
-        deltas: list[Array] = []
-        for proof, entering, leaving in zip(
-            watched, exposed[len(names) :: 2], exposed[len(names) + 1 :: 2], strict=True
+
+@dataclass(frozen=True)
+class _Model:
+    """A model, and where its external data are."""
+
+    proto: onnx.ModelProto
+    folder: Path | None
+
+    def session(self, what: str, *, optimise: bool = False) -> Session:
+        return Session(self.proto, what, optimise=optimise, folder=self.folder)
+
+    def as_ir(self) -> ir.Model:
+        model = ir.from_proto(self.proto)
+        if self.folder is not None:
+            for graph in (model.graph, *(function.graph for function in model.functions.values())):
+                ir.external_data.set_base_dir(graph, self.folder.resolve())
+        return model
+
+    def changed(self, inlined: ir.Model) -> onnx.ModelProto:
+        """Return a copy to change, with its functions inlined."""
+        if self.proto.functions:
+            return ir.to_proto(inlined)
+        copy = onnx.ModelProto()
+        copy.CopyFrom(self.proto)
+        return copy
+
+
+@contextlib.contextmanager
+def _opened(proto: onnx.ModelProto, folder: Path | None) -> Iterator[_Model]:
+    """Give a model that can be serialised: one that is too large, with its weights in a temporary file."""
+    if not _is_large(proto):
+        yield _Model(proto, folder)
+        return
+    with TemporaryDirectory(prefix="pybn-") as temporary:
+        path = Path(temporary) / "model.onnx"
+        ir.save(_Model(proto, folder).as_ir(), path, external_data="weights")
+        yield _Model(onnx.load(path, load_external_data=False), path.parent)
+
+
+def _is_large(proto: onnx.ModelProto) -> bool:
+    try:
+        return bool(proto.ByteSize() > LARGE)
+    except EncodeError:
+        return True
+
+
+class _Comparison:
+    """The two models, and what has been found so far."""
+
+    def __init__(self, before: _Model, after: _Model, report: FoldReport) -> None:
+        graphs = inline(before.as_ir()), inline(after.as_ir())
+        try:
+            found = segments(*graphs)
+        except DifferentInterface as error:
+            raise CheckError(str(error)) from error
+        proofs = [SegmentProof(segment, _folds_behind(segment, report)) for segment in found]
+        self._visible = [proof for proof in proofs if proof.segment.scope.is_main]
+        self._inside = [proof for proof in proofs if not proof.segment.scope.is_main]
+        self._proofs = proofs
+        self._names = [output.name for output in before.proto.graph.output]
+        self._seen = _visible_names(proofs, graphs[0])
+        self._exposed = Session(
+            expose(before.changed(graphs[0]), self._seen), "the original model", folder=before.folder
+        )
+        self._folded = after.session("the folded model")
+        self._probe = Probe(lambda: after.changed(graphs[1]), after.folder)
+        self._optimised = [
+            model.session(f"the {what} model, optimised", optimise=True)
+            for model, what in ((before, "original"), (after, "folded"))
+        ]
+        self._outputs, self._runtime_original, self._runtime_folded = (
+            {name: _OutputTally(name, derived) for name in self._names} for derived in (not self._inside, False, False)
+        )
+        self._rng = np.random.default_rng(0)
+
+    def run(
+        self, inputs: Sequence[Feeds], labels: Array | None, progress: Callable[[Iterable[Feeds]], Iterable[Feeds]]
+    ) -> Check:
+        classes_before: list[Array] = []
+        classes_after: list[Array] = []
+        for number, feeds in enumerate(progress(inputs)):
+            expected, actual = self._compare(feeds, first=number == 0)
+            if labels is not None and sum(map(len, classes_before)) < labels.size:
+                classes_before.append(_classes(expected[0]))
+                classes_after.append(_classes(actual[0]))
+        return Check(
+            inputs=len(inputs),
+            folds=tuple(proof.result() for proof in self._proofs),
+            outputs=tuple(tally.result() for tally in self._outputs.values()),
+            runtime_optimiser=tuple(tally.result() for tally in self._runtime_original.values()),
+            runtime_optimiser_folded=tuple(tally.result() for tally in self._runtime_folded.values()),
+            timing=None,
+            predictions=None
+            if labels is None
+            else _predictions(np.concatenate(classes_before), np.concatenate(classes_after), labels),
+        )
+
+    def _compare(self, feeds: Feeds, *, first: bool) -> tuple[list[Any], list[Any]]:
+        """Run everything on one input; nothing of it is kept but the outputs."""
+        results = self._exposed.run(feeds)
+        expected, actual = results[: len(self._names)], self._folded.run(feeds)
+        seen = {**feeds, **dict(zip(self._seen, results[len(self._names) :], strict=True))}
+        local = {proof.segment.name: proof.compare(seen, seen[proof.segment.name]) for proof in self._visible}
+        if first:
+            for proof in self._inside:
+                _compare_inside(proof, seen, self._rng)
+        del seen, results
+        moved = self._movement(feeds, expected, actual, local)
+        optimised = [session.run(feeds) for session in self._optimised]
+        for tallies, was, now in (
+            (self._outputs, expected, actual),
+            (self._runtime_original, expected, optimised[0]),
+            (self._runtime_folded, actual, optimised[1]),
         ):
-            deltas.append(proof.compare(entering, leaving))
-        moved = [np.zeros(np.shape(value)) for value in actual]
-        for _ in range(PROBES if watched else 0):
-            signs = {proof.delta_name: _random_signs(rng, delta) for proof, delta in zip(watched, deltas, strict=True)}
-            for total, value, base in zip(moved, probed.run({**feeds, **signs}), actual, strict=True):
-                np.maximum(total, _distance(value, base), out=total)
-        runtime = optimised.run(feeds)
-        for name, was, now, quick, movement in zip(names, expected, actual, runtime, moved, strict=True):
-            outputs[name].add(was, now, movement)
-            optimiser[name].add(was, quick, movement)
-        if labels is not None and sum(map(len, classes_before)) < labels.size:
-            classes_before.append(_classes(expected[0]))
-            classes_after.append(_classes(actual[0]))
+            for name, old, new, movement in zip(self._names, was, now, moved, strict=True):
+                tallies[name].add(old, new, movement)
+        return expected, actual
 
-    return Check(
-        inputs=len(inputs),
-        folds=tuple(proof.result() for proof in proofs),
-        outputs=tuple(tally.result() for tally in outputs.values()),
-        runtime_optimiser=tuple(tally.result() for tally in optimiser.values()),
-        timing=time_models(original, folded, inputs[0]),
-        predictions=None
-        if labels is None
-        else _predictions(np.concatenate(classes_before), np.concatenate(classes_after), labels),
-    )
+    def _movement(
+        self, feeds: Feeds, expected: list[Any], actual: list[Any], local: Mapping[str, Local]
+    ) -> list[float]:
+        """Return how far each output may be moved by the differences of the segments."""
+        # A segment that has failed has no bound, and so neither have the outputs.
+        if not all(proof.result().passed for proof in self._visible):
+            return [0.0] * len(actual)
+        differences = {name: item.difference for name, item in local.items()}
+        moved = self._probe.movement(feeds, actual, differences, self._rng)
+        judged = zip(expected, actual, moved, strict=True)
+        if all(_is_within(old, new, movement) for old, new, movement in judged):
+            return moved
+        bounds = {name: item.bound for name, item in local.items()}
+        return self._probe.movement(feeds, actual, bounds, self._rng)
+
+
+def _folds_behind(segment: Segment, report: FoldReport) -> tuple[str, ...]:
+    """Name the folds that say that they changed how the segment's value is computed."""
+    graph, name = origin(segment.original.output, segment.scope.label)
+    return tuple(fold.name for fold in report.folds if fold.graph == graph and name in fold.outputs)
+
+
+def _visible_names(proofs: Sequence[SegmentProof], original: ir.Model) -> list[str]:
+    """Return the values of the main graph that the proofs need, in a fixed order."""
+    graph = original.graph
+    names = {value.name for value in (*graph.inputs, *graph.initializers.values())}
+    names |= {value.name for node in graph for value in node.outputs}
+    needed: dict[str, None] = {}
+    for proof in proofs:
+        needed |= dict.fromkeys((*proof.segment.entries, proof.segment.name))
+    return [name for name in needed if name in names]
+
+
+def _compare_inside(proof: SegmentProof, seen: Mapping[str, Array], rng: np.random.Generator) -> None:
+    """Compare a segment that cannot be seen from outside: random numbers stand for what is not visible."""
+    segment = proof.segment
+    try:
+        hidden = random_entries(segment, seen, rng)
+        activations = {**seen, **hidden}
+        expected = Evaluator(segment.original).run(activations)
+    except CheckError as error:
+        proof.skip(f"not compared by itself, only within the model: {error}")
+        return
+    proof.compare(activations, expected)
 
 
 @dataclass
@@ -137,30 +275,14 @@ class _OutputTally:
     passed: bool = True
     _ratio: float = field(default=-1.0, repr=False)
 
-    def add(self, expected: Any, actual: Any, movement: npt.NDArray[np.float64]) -> None:
+    def add(self, expected: Any, actual: Any, movement: float) -> None:
         """Compare one run. Tensors of floats are judged; anything else is counted."""
-        if not isinstance(expected, np.ndarray) or expected.dtype.name not in PRECISION:
+        if not _is_judged(expected):
             self.changed += _count_changes(expected, actual)
             return
-        if actual.shape != expected.shape:
-            self.passed, self.error = False, np.inf
-            return
-        unit = PRECISION[expected.dtype.name][0]
-        finite = np.isfinite(expected)
-        # Where the original overflows, so may the folded model: there is nothing to compare.
-        before = expected[finite].astype(np.float64)
-        after = actual[finite].astype(np.float64)
-        if not before.size:
-            return
-        largest = float(np.abs(before).max())
-        limit = (
-            # One rounding of the output itself may always differ.
-            SAFETY * (float(movement[finite].max()) + unit * largest)
-            if self.derived
-            else UNPROBED_TOLERANCE * unit * largest
-        )
-        difference = np.abs(after - before)
-        error = float(np.where(np.isnan(difference), np.inf, difference).max())
+        error, limit = _error_and_limit(expected, actual, movement)
+        if not self.derived:
+            limit = max(limit, TOLERANCE * _rounding(expected))
         ratio = error / limit if limit else (0.0 if error == 0 else np.inf)
         self.passed = self.passed and ratio <= 1
         if ratio > self._ratio:
@@ -177,17 +299,33 @@ def _count_changes(expected: Any, actual: Any) -> int:
     return int(str(expected) != str(actual))
 
 
-def _distance(value: Any, base: Any) -> npt.NDArray[np.float64]:
-    if not isinstance(base, np.ndarray) or base.dtype.name not in PRECISION:
-        return np.zeros(np.shape(base))
-    with np.errstate(invalid="ignore", over="ignore"):
-        distance: npt.NDArray[np.float64] = np.abs(value.astype(np.float64) - base.astype(np.float64))
-    return np.where(np.isfinite(distance), distance, 0.0)
+def _is_judged(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.name in PRECISION
 
 
-def _random_signs(rng: np.random.Generator, delta: Array) -> Array:
-    signs = rng.integers(0, 2, delta.shape, dtype=np.int8) * 2 - 1
-    return (delta * signs).astype(delta.dtype)
+def _is_within(expected: Any, actual: Any, movement: float) -> bool:
+    if not _is_judged(expected):
+        return True
+    error, limit = _error_and_limit(expected, actual, movement)
+    return error <= limit
+
+
+def _error_and_limit(expected: Array, actual: Array, movement: float) -> tuple[float, float]:
+    """Return the largest error, and the most that a movement of the output explains."""
+    if actual.shape != expected.shape:
+        return np.inf, 0.0
+    # Where the original overflows, so may the folded model: there is nothing to compare.
+    finite = np.isfinite(expected)
+    difference = np.abs(actual[finite].astype(np.float64) - expected[finite].astype(np.float64))
+    error = float(np.where(np.isnan(difference), np.inf, difference).max(initial=0.0))
+    # One rounding of the output itself may always differ.
+    return error, SAFETY * (movement + _rounding(expected))
+
+
+def _rounding(expected: Array) -> float:
+    """Return one rounding of the largest finite value."""
+    finite = expected[np.isfinite(expected)].astype(np.float64)
+    return PRECISION[expected.dtype.name][0] * float(np.abs(finite).max(initial=0.0))
 
 
 def _classes(scores: Array) -> Array:
@@ -206,37 +344,3 @@ def _predictions(before: Array, after: Array, labels: Array) -> Predictions:
         accuracy_before=float(np.mean(before == labels)),
         accuracy_after=float(np.mean(after == labels)),
     )
-
-
-def _expose(original: onnx.ModelProto, proofs: Sequence[FoldProof]) -> onnx.ModelProto:
-    """Copy the original with X and Y of every fold as additional outputs."""
-    model = onnx.ModelProto()
-    model.CopyFrom(original)
-    for proof in proofs:
-        for kind, value in (("x", proof.entering), ("y", proof.fold.output)):
-            # Identity, because a value may be an input or an output of the graph already.
-            name = f"pybn.{kind}.{proof.fold.output}"
-            model.graph.node.append(onnx.helper.make_node("Identity", [value], [name]))
-            model.graph.output.append(onnx.ValueInfoProto(name=name))
-    return model
-
-
-def _perturbed(folded: onnx.ModelProto, proofs: Sequence[FoldProof]) -> onnx.ModelProto:
-    """Copy the folded model with an additional input added to every fold's output."""
-    model = onnx.ModelProto()
-    model.CopyFrom(folded)
-    moved = {proof.fold.output: proof for proof in proofs}
-    nodes: list[onnx.NodeProto] = []
-    for node in model.graph.node:
-        nodes.append(node)
-        proof = moved.get(node.output[0]) if node.output else None
-        if proof is None:
-            continue
-        value = node.output[0]
-        node.output[0] = f"pybn.still.{value}"
-        nodes.append(onnx.helper.make_node("Add", [node.output[0], proof.delta_name], [value]))
-        model.graph.input.append(onnx.helper.make_tensor_value_info(proof.delta_name, proof.element_type, None))
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
-    return model

@@ -19,6 +19,9 @@ from pybn.folding.graph import AttributeNotConstant, Facts, display_name, standa
 from pybn.folding.reasons import FoldError, Reason, Refusal
 from pybn.folding.steps import Rewrite, Rule, Step
 
+# Operators whose broadcasting is that of NumPy only since an opset.
+BROADCASTS_SINCE = {"Add": 7, "Sub": 7, "Mul": 7, "Div": 7, "PRelu": 7, "Max": 8, "Min": 8, "Sum": 8}
+
 # How far a map is carried: each level is two Python frames, whose number is limited.
 DEEPEST = 200
 # How many rules are asked for one plan, alternatives included.
@@ -59,8 +62,8 @@ class Plan:
 
     @property
     def nodes(self) -> tuple[ir.Node, ...]:
-        """Every node that the plan visits."""
-        return self.passed + self.absorbers
+        """Every node that the plan visits, once."""
+        return tuple(dict.fromkeys(self.passed + self.absorbers))
 
 
 class Walk:
@@ -184,11 +187,25 @@ class Walk:
             rule = sources.rule(node, self._facts, backward=backward) or table.get(op_type)
             if rule is None:
                 return Refusal(no_rule, f"{follows} {op_type}")
-            return rule(node, index, affine, self._facts)
+            self._require_broadcasting(node, op_type)
+            step = rule(node, index, affine, self._facts)
+            if isinstance(step, Step):
+                for rewrite in step.rewrites:
+                    self._require_broadcasting(
+                        node, *(insert.op_type for insert in rewrite.after), rewrite.op_type or op_type
+                    )
+            return step
         except FoldError as error:
             return Refusal(error.reason, str(error))
         except AttributeNotConstant as error:
             return Refusal(Reason.ATTRIBUTE_NOT_CONSTANT, f"{error} of {op_type} is a parameter of the local function")
+
+    def _require_broadcasting(self, node: ir.Node, *op_types: str) -> None:
+        """Raise FoldError for an operator that broadcasts, where it did not yet, or in another way."""
+        opset = self._facts.opset(node)
+        for op_type in op_types:
+            if opset < BROADCASTS_SINCE.get(op_type, 0):
+                raise FoldError(Reason.OLD_OPSET, f"{op_type} of opset {opset} broadcasts in another way")
 
     @staticmethod
     def _visit(node: ir.Node, step: Step) -> Plan:
@@ -206,7 +223,7 @@ class Walk:
             mapped = round_to(affine.of(array), array.dtype, "the folded constant")
         except FoldError as error:
             return Refusal(error.reason, str(error))
-        return Plan((Rewrite(user, {index: mapped}),))
+        return Plan((Rewrite(user, {index: mapped}),), absorbers=(user,))
 
     def _only_feeds(self, user: ir.Node, index: int) -> ir.Node | Refusal:
         """Return the producer of an input, if its output goes nowhere else."""

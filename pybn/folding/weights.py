@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from pybn._arrays import as_plain_array, positive
 from pybn.folding.affine import Affine, Array, Float64, is_supported, round_to
+from pybn.folding.reasons import FoldError, Reason
 
 
 def fold_conv(
@@ -151,6 +152,56 @@ def scale_transposed_conv(weight: Array, scale: Float64, groups: int) -> Float64
         grouped = weight.astype(np.float64).reshape(groups, inputs, outputs, -1)
         scaled: Float64 = grouped * scale.reshape(groups, 1, outputs, 1)
     return scaled.reshape(weight.shape)
+
+
+def scale_quantized(
+    values: Array, scale: Array, zero_point: Array | None, factors: Float64, axis: int
+) -> tuple[Array, Float64, Array | None]:
+    """Multiply ``(values - zero_point) * scale`` along an axis, without new rounding of the integers.
+
+    The factors go into the scales, their signs into the integers, since runtimes expect scales to
+    be positive.
+
+    Parameters
+    ----------
+    values : ndarray of integers
+        The quantized weight.
+    scale : ndarray of floats, shape () or (1,) or (channels,)
+        If there are several, they are along `axis`.
+    zero_point : ndarray of integers or None
+        As `scale`; None stands for zeros.
+    factors : ndarray of float64, shape (channels,)
+        What to multiply by, one for each slice along `axis`.
+    axis : int
+        The axis of the output channels.
+
+    Returns
+    -------
+    values, scale, zero_point
+        ``scale`` is float64, not rounded yet, and of shape (channels,) unless all are equal.
+
+    Raises
+    ------
+    FoldError
+        If a negative factor meets an integer that has no opposite, such as -128.
+    """
+    negative = np.flatnonzero(factors < 0)
+    if negative.size:
+        if zero_point is not None and zero_point.any():
+            raise FoldError(Reason.QUANTIZATION, "a negative scale would have to turn a zero point around")
+        information = np.iinfo(values.dtype)
+        slices = (slice(None),) * axis + (negative,)
+        if information.min == 0 or (values[slices] == information.min).any():
+            raise FoldError(Reason.QUANTIZATION, f"{values.dtype} has no opposite of {information.min}")
+        values = values.copy()
+        values[slices] = -values[slices]
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = np.abs(factors) * scale.astype(np.float64).reshape(-1)
+    if scale.size == 1 and (scaled == scaled[0]).all():
+        return values, scaled[:1].reshape(scale.shape), zero_point
+    if zero_point is not None:
+        zero_point = np.broadcast_to(zero_point.reshape(-1), scaled.shape).copy()
+    return values, scaled, zero_point
 
 
 def map_bias(bias: Array | None, affine: Affine, gain: float = 1.0) -> Float64:

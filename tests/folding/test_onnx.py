@@ -554,8 +554,18 @@ REFUSALS = {
         lambda: with_node(conv(), bn_node("c", "y", spatial=0), opset=8),
         Reason.SPATIAL_ZERO,
     ),
-    "opset 6": (
-        lambda: with_node(conv(), bn_node("c", "y", is_test=1), opset=6),
+    "opset 6, in training mode": (
+        lambda: with_node(conv(), bn_node("c", "y"), opset=6),
+        Reason.TRAINING_MODE,
+    ),
+    "an Add of opset 6, which broadcasts in another way": (
+        lambda: with_node(
+            conv(),
+            helper.make_node("Add", ["c", "k"], ["s"], axis=1, broadcast=1),
+            bn_node("s", "y", is_test=1),
+            constants={"k": weights(4)},
+            opset=6,
+        ),
         Reason.OLD_OPSET,
     ),
     "a parameter is an input": (lambda: without("mean"), Reason.PARAMETER_NOT_CONSTANT),
@@ -599,7 +609,58 @@ REFUSALS = {
     ),
     "follows Relu": (
         lambda: with_node(conv(), helper.make_node("Relu", ["c"], ["r"]), bn_node("r", "y")),
+        Reason.SHIFT_STAYS,
+    ),
+    "follows Sigmoid": (
+        lambda: with_node(conv(), helper.make_node("Sigmoid", ["c"], ["r"]), bn_node("r", "y")),
         Reason.NO_LINEAR_PRODUCER,
+    ),
+    "a negative scale after MaxPool": (
+        lambda: with_node(
+            conv(),
+            helper.make_node("MaxPool", ["c"], ["r"], kernel_shape=[2, 2]),
+            bn_node("r", "y"),
+            constants={"gamma": np.float32([1, -1, 2, 3])},
+            y=[None] * 4,
+        ),
+        Reason.NEGATIVE_SCALE,
+    ),
+    "a shift after zero padding": (
+        lambda: with_node(
+            conv(),
+            helper.make_node("Pad", ["c", "pads"], ["r"]),
+            bn_node("r", "y"),
+            constants={"pads": np.array([0, 0, 1, 1, 0, 0, 1, 1])},
+            y=[None] * 4,
+        ),
+        Reason.PADDING,
+    ),
+    "branches of one convolution that meet": (
+        lambda: with_node(
+            conv(),
+            helper.make_node("Split", ["c"], ["p", "q"], axis=1),
+            helper.make_node("Concat", ["q", "p"], ["r"], axis=1),
+            bn_node("r", "y"),
+        ),
+        Reason.MEETS_ITSELF,
+    ),
+    "three hundred operators away": (
+        lambda: with_node(
+            helper.make_node("Conv", ["x", "w"], ["i0"]),
+            *(helper.make_node("Identity", [f"i{n}"], [f"i{n + 1}"]) for n in range(300)),
+            bn_node("i300", "y"),
+        ),
+        Reason.TOO_FAR,
+    ),
+    "a Cast to a wider type": (
+        lambda: model(
+            [conv(), helper.make_node("Cast", ["c"], ["r"], to=1), bn_node("r", "y")],
+            {"w": W.astype("float16"), **parameters()},
+            *SHAPES,
+            dtype="float16",
+            outputs=[value("y", SHAPES[1])],
+        ),
+        Reason.NARROWER_TYPE,
     ),
     "producer of another domain": (
         lambda: with_node(
@@ -671,7 +732,7 @@ REFUSALS = {
             ["N", 4, 3],
             [None] * 3,
         ),
-        Reason.NO_LINEAR_PRODUCER,
+        Reason.NO_GAIN,
     ),
     "matmul then reshape then batch norm": (
         lambda: model(
@@ -684,7 +745,7 @@ REFUSALS = {
             ["N", 4, 3],
             [None] * 3,
         ),
-        Reason.NO_LINEAR_PRODUCER,
+        Reason.CHANNEL_AXIS,
     ),
     "a constant [C] where W equals C": (
         lambda: add_after_conv(weights(4), x=(2, 3, 8, 6)),
@@ -706,9 +767,15 @@ REFUSALS = {
         ),
         Reason.CHANNEL_AXIS_UNPROVEN,
     ),
-    "an Add of two computed values": (
-        lambda: with_node(conv(), conv("d"), helper.make_node("Add", ["c", "d"], ["s"]), bn_node("s", "y")),
-        Reason.WEIGHT_NOT_CONSTANT,
+    "an Add of which one branch cannot scale": (
+        lambda: with_node(
+            conv(),
+            helper.make_node("Sigmoid", ["c"], ["d"]),
+            conv("e"),
+            helper.make_node("Add", ["e", "d"], ["s"]),
+            bn_node("s", "y"),
+        ),
+        Reason.NO_LINEAR_PRODUCER,
     ),
     "weight is an input": (lambda: without("w"), Reason.WEIGHT_NOT_CONSTANT),
     "bias is computed": (
@@ -763,7 +830,14 @@ def test_refusal(case):
 
 def test_every_reason_has_a_way_to_unlock_it_and_a_graph_that_shows_it():
     assert set(UNLOCK) == set(Reason)
-    elsewhere = {Reason.SUBGRAPH_CAPTURE, Reason.ATTRIBUTE_NOT_CONSTANT}
+    # NO_LINEAR_CONSUMER only ever explains why the way forward is closed, too.
+    elsewhere = {
+        Reason.SUBGRAPH_CAPTURE,
+        Reason.ATTRIBUTE_NOT_CONSTANT,
+        Reason.SKIPPED,
+        Reason.NO_LINEAR_CONSUMER,
+        Reason.QUANTIZATION,
+    }
     assert {reason for _, reason in REFUSALS.values()} | elsewhere == set(Reason)
 
 
@@ -783,13 +857,15 @@ def test_unused_statistics_outputs_at_opset_14_do_not_matter():
 
 
 def test_refused_path_changes_nothing():
-    # The Add could take its part of the map, but the operator before it cannot take the rest.
+    # One branch could take its part of the map, but not the other.
     nodes = [
-        helper.make_node("Relu", ["x"], ["r"]),
-        helper.make_node("Add", ["r", "k"], ["s"]),
+        conv(),
+        helper.make_node("Sigmoid", ["c"], ["d"]),
+        conv("e"),
+        helper.make_node("Add", ["e", "d"], ["s"]),
         bn_node("s", "y"),
     ]
-    proto = model(nodes, {"k": weights(4, 1, 1), **parameters()}, [2, 4, 3, 3], [2, 4, 3, 3])
+    proto = with_node(*nodes)
     result = fold_onnx(proto)
     assert result.report.left[0].reason is Reason.NO_LINEAR_PRODUCER
     assert result.model == proto

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper
 
+from pybn.folding import Reason
 from pybn.folding.onnx import fold_onnx
 
 SEEDS = st.integers(0, 10**6)
@@ -204,7 +205,7 @@ def test_matmul_becomes_gemm_only_when_it_needs_a_bias():
     assert [node.op_type for node in folded.graph.node] == ["MatMul"]
 
 
-def test_exporters_linear_layer_keeps_matmul_and_add():
+def test_exporters_linear_layer_becomes_one_gemm():
     rng = np.random.default_rng(0)
     constants = {
         "w": rng.normal(size=(3, 4)),
@@ -217,9 +218,8 @@ def test_exporters_linear_layer_keeps_matmul_and_add():
         bn_node("s", "y"),
     ]
     result = fold_onnx(model(nodes, constants, ["N", 3], ["N", 4], dtype="float64"))
-    assert [node.op_type for node in result.model.graph.node] == ["MatMul", "Add"]
-    (fold,) = result.report.folds
-    assert (fold.into, fold.route) == (("mm",), ("Add", "MatMul"))
+    assert [node.op_type for node in result.model.graph.node] == ["Gemm"]
+    assert [(fold.into, fold.route) for fold in result.report.folds] == [(("mm",), ("MatMul",)), (("mm",), ("Gemm",))]
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1, 1), (), (1, 1)])
@@ -314,3 +314,51 @@ def test_bfloat16():
     for ours, theirs in zip(rounded, exact, strict=True):
         assert np.all(np.abs(ours - theirs) <= np.abs(theirs) * 2.0**-8)
         assert np.any(ours != theirs)
+
+
+def quantized_conv(bias, *, several_scales, shifts, values=None):
+    """A convolution whose int8 weight, and maybe int32 bias, is behind a DequantizeLinear, and a batch norm."""
+    rng = np.random.default_rng(11)
+    constants = {
+        "q": rng.integers(-127, 128, (4, 3, 3, 3)).astype("int8") if values is None else values,
+        "s": rng.uniform(0.01, 0.03, 4).astype("float32") if several_scales else np.float32(0.02),
+        **batch_norm(rng, 4),
+    }
+    constants["gamma"][:2] = [-1.5, 0.5]
+    if not shifts:
+        constants["beta"] = constants["mean"] = np.zeros(4, dtype="float32")
+    nodes = [helper.make_node("DequantizeLinear", ["q", "s"], ["w"], axis=0)]
+    names = ["x", "w"]
+    if bias == "int32":
+        constants["qb"] = rng.integers(-1000, 1000, 4).astype("int32")
+        constants["sb"] = rng.uniform(0.001, 0.002, 4).astype("float32")
+        nodes.append(helper.make_node("DequantizeLinear", ["qb", "sb"], ["b"], axis=0))
+        names.append("b")
+    elif bias == "float32":
+        constants["b"] = rng.normal(size=4).astype("float32")
+        names.append("b")
+    nodes += [helper.make_node("Conv", names, ["c"]), bn_node("c", "y")]
+    return model(nodes, constants, ["N", 3, 8, 8], ["N", 4, 6, 6], opset=19, ir_version=9)
+
+
+@pytest.mark.parametrize("bias", [None, "int32", "float32"])
+@pytest.mark.parametrize("several_scales", [True, False])
+@pytest.mark.parametrize("shifts", [True, False])
+def test_quantized_weight_takes_the_map_by_its_scales(bias, several_scales, shifts):
+    proto = quantized_conv(bias, several_scales=several_scales, shifts=shifts)
+    folded = fold_onnx(proto).model
+    x = np.random.default_rng(0).normal(size=(2, 3, 8, 8)).astype("float32")
+    np.testing.assert_allclose(runtime(folded, x=x)[0], runtime(proto, x=x)[0], rtol=1e-5, atol=1e-4)
+    # A shift is not a multiple of the bias's unit, so that bias becomes a float; otherwise it stays an integer.
+    kept = 2 if bias == "int32" and not shifts else 1
+    assert [node.op_type for node in folded.graph.node] == ["DequantizeLinear"] * kept + ["Conv"]
+    arrays = {item.name: onnx.numpy_helper.to_array(item) for item in folded.graph.initializer}
+    assert arrays["q"].dtype == np.int8
+    assert (arrays["s"] >= 0).all()
+    assert fold_onnx(folded).model == folded
+
+
+def test_quantized_weight_without_an_opposite_is_a_reason():
+    values = np.full((4, 3, 3, 3), -128, dtype="int8")
+    (left,) = fold_onnx(quantized_conv(None, several_scales=True, shifts=False, values=values)).report.left
+    assert left.reason is Reason.QUANTIZATION
