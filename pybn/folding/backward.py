@@ -325,6 +325,8 @@ def _resize_keeps(node: ir.Node, axis: int, facts: Facts) -> bool:
         scales = None if array is None else array.tolist()
     if scales:
         return axis < len(scales) and scales[axis] == 1.0
+    if len(node.inputs) < 4 or node.inputs[3] is None:
+        return False  # scales that only a run knows: 1.2 keeps three channels three, and yet moves them
     before, after = facts.size(node.inputs[0], axis), facts.size(node.outputs[0], axis)
     return (
         before is not None and before == after and attribute(node, "keep_aspect_ratio_policy", "stretch") == "stretch"

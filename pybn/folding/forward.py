@@ -32,9 +32,15 @@ from pybn.folding.weights_forward import (
     same_padding,
 )
 
-# Since this opset Max and Min broadcast; since the other they take bfloat16.
-BROADCASTING_MAX = 8
+# ONNX stores attributes as float32, so this is the slope of a LeakyRelu that does not name one.
+DEFAULT_SLOPE = float(np.float32(0.01))
+
+# Since these opsets the bias of Gemm broadcasts as in NumPy, and Max and Min take bfloat16.
+BROADCASTING_GEMM = 7
 BFLOAT16_MAX = 13
+
+# Since opset 11 the bounds of Clip are inputs, since 12 it takes every type that Relu does but bfloat16, since 13 all.
+CLIP_WITH_INPUTS = {"Clip": 11, "Relu": 13}
 
 # Casts that change no value that the narrower type can hold.
 WIDENING_CASTS = frozenset(
@@ -120,8 +126,8 @@ def gemm(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refu
     constants = {1: round_to(scaled, weight.dtype, "the folded weight")}
     if not added.any():
         return Step((Rewrite(node, constants),))
-    if facts.opset(node) < 7:
-        return Refusal(Reason.OLD_OPSET, "before opset 7 the bias of Gemm had another kind of broadcasting")
+    if facts.opset(node) < BROADCASTING_GEMM:
+        return Refusal(Reason.OLD_OPSET, f"Gemm of opset {facts.opset(node)} broadcasts its bias in another way")
     bias = _bias(node, weight, facts)
     if isinstance(bias, Refusal):
         return bias
@@ -147,7 +153,7 @@ def matmul(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Re
     if not added.any():
         return Step((Rewrite(node, constants),))
     bias = round_to(added, weight.dtype, "the folded bias")
-    if rank == 2 and facts.opset(node) >= 7:
+    if rank == 2 and facts.opset(node) >= BROADCASTING_GEMM:
         otherwise = Step((Rewrite(node, {**constants, 2: bias}, op_type="Gemm"),))
     else:
         otherwise = Step((Rewrite(node, constants, after=(Insert("Add", (bias,)),)),))
@@ -177,7 +183,7 @@ def clip(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refu
 
 def leaky_relu(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """LeakyRelu: a positive scale passes; a channel of scale 0 is a constant."""
-    slope = float(attribute(node, "alpha", 0.01))
+    slope = float(attribute(node, "alpha", DEFAULT_SLOPE))
     value = np.where(affine.shift >= 0, affine.shift, slope * affine.shift)
     return _positive_scale_only(
         node, Affine(affine.scale, np.where(affine.scale == 0, value, affine.shift), affine.axis)
@@ -235,26 +241,25 @@ def _clamp(
     lower, upper = (round_to(bound, dtype, "a bound").astype(np.float64) for bound in (lower, upper))
     carries = ((0, onward),)
     opset = facts.opset(node)
-    is_uniform = bool((lower == lower[0]).all() and (upper == upper[0]).all())
-    if node.op_type == "Clip" and is_uniform and opset >= 11:  # before, the bounds were attributes
-        pair = (lower[0], -largest), (upper[0], largest)
-        bounds = {at: None if b == absent else np.asarray(b, dtype) for at, (b, absent) in enumerate(pair, start=1)}
-        return Step((Rewrite(node, bounds),), carries)
     # Max and Min take the data and one constant, Clip up to two, which have to go.
     rest = dict.fromkeys(range(1, len(node.inputs)))
     without_bounds: dict[str, AttributeValue] = {name: None for name in ("min", "max") if name in node.attributes}
     needed = [
-        (op_type, chain_constant(bound, onward, facts.rank(node.inputs[0]), dtype))
+        (op_type, bound)
         for op_type, bound, absent in (("Max", lower, -largest), ("Min", upper, largest))
         if (bound != absent).any()
     ]
     if not needed:
-        if node.op_type == "Relu":  # all channels are constants, which are not negative
+        if not onward.scale.any():  # all channels are constants
             return Step(carries=carries)
         return Step((Rewrite(node, rest, op_type="Identity", attributes=without_bounds),), carries)
-    if opset < (BFLOAT16_MAX if dtype.name == "bfloat16" else BROADCASTING_MAX):
-        return Refusal(Reason.OLD_OPSET, f"{needed[0][0]} of opset {opset} does not broadcast {dtype.name}")
-    (op_type, constant), *more = needed
+    if opset >= CLIP_WITH_INPUTS[node.op_type] and all((bound == bound[0]).all() for _, bound in needed):
+        bounds = {{"Max": 1, "Min": 2}[op_type]: np.asarray(bound[0], dtype) for op_type, bound in needed}
+        return Step((Rewrite(node, {**rest, **bounds}, op_type="Clip"),), carries)
+    if opset < BFLOAT16_MAX and dtype.name == "bfloat16":
+        return Refusal(Reason.OLD_OPSET, f"{needed[0][0]} of opset {opset} does not take bfloat16")
+    rank = facts.rank(node.inputs[0])
+    (op_type, constant), *more = ((kind, chain_constant(bound, onward, rank, dtype)) for kind, bound in needed)
     after = tuple(Insert(other, (bound,)) for other, bound in more)
     rewrite = Rewrite(node, {**rest, 1: constant}, op_type=op_type, attributes=without_bounds, after=after)
     return Step((rewrite,), carries, extra=1)
@@ -323,8 +328,8 @@ def average_pool(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Ste
         added = np.multiply.outer(
             added, data_share(window, size) if window.is_padded and size is not None else np.ones(1)
         )
-    insert = Insert("Add", (round_to(added[None], dtype, "the map of the borders"),))
-    return Step((Rewrite(node, after=(insert,)),), ((0, affine.only_scale()),))
+    border = round_to(added[None], dtype, "the map of the borders")
+    return Step((Rewrite(node, after=(Insert("Add", (border,)),)),), ((0, affine.only_scale()),))
 
 
 def reduce_mean(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
@@ -444,17 +449,19 @@ def slice_(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Re
 
 
 def add(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
-    """Add of two operands: a shift of one is a shift of the sum."""
+    """Add and Sub of two operands: a shift of one is a shift of the result."""
     if not affine.keeps_scale:
-        return Refusal(Reason.NO_LINEAR_CONSUMER, "only a shift of one operand passes Add")
+        return Refusal(Reason.NO_LINEAR_CONSUMER, f"only a shift of one operand passes {node.op_type}")
+    if node.op_type == "Sub" and index == 1:
+        affine = Affine(affine.scale, -affine.shift, affine.axis)
     if affine.axis is None:
         return Step(carries=((0, affine),))
     rank, result_rank = facts.rank(node.inputs[index]), facts.rank(node.outputs[0])
     if rank is None or result_rank is None:
-        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the ranks of Add's operands are unknown")
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"the ranks of {node.op_type}'s operands are unknown")
     axis = affine.axis + result_rank - rank
     if facts.size(node.outputs[0], axis) != affine.scale.size:
-        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"axis {axis} of Add is not proven to be the channels")
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"axis {axis} of {node.op_type} is not proven to be the channels")
     return Step(carries=((0, affine.along(axis)),))
 
 
@@ -503,6 +510,7 @@ FORWARD: dict[str, Rule] = {
     "Resize": _either_way(backward.resize),
     "Slice": slice_,
     "Split": split,
+    "Sub": add,
     "Upsample": _either_way(backward.resize),
     **axes.FORWARD,
 }
@@ -553,8 +561,8 @@ def _with_added(node: ir.Node, weight: Array, scaled: Float64, added: Float64, f
             for size, known in zip(added.shape[1:], sizes, strict=True)
         ):
             return Refusal(Reason.PADDING, f"the output of {node.op_type} has another size than its padding makes")
-        border = Insert("Add", (round_to(added[None], weight.dtype, "the map of the borders"),))
-        return Step((Rewrite(node, constants, after=(border,)),))
+        border = round_to(added[None], weight.dtype, "the map of the borders")
+        return Step((Rewrite(node, constants, after=(Insert("Add", (border,)),)),))
     bias = _bias(node, weight, facts)
     if isinstance(bias, Refusal):
         return bias

@@ -98,9 +98,10 @@ class Walk:
         step = self._ask(BACKWARD, producer, producer.outputs.index(value), affine, visited, depth)
         if isinstance(step, Refusal):
             return step
+        cheapest: Plan | None = None
         refusal: Refusal | None = None
         way: Step | None = step
-        while way is not None:
+        while way is not None and (cheapest is None or cheapest.cost > 0):
             # Only one value feeds `user` here, so everything that changes hangs on this producer.
             plan = self._visit(producer, way)
             for at, carry in way.carries:
@@ -110,10 +111,12 @@ class Walk:
                     break
                 plan += more
             else:
-                return Plan(changed=(value,)) + plan
+                if cheapest is None or plan.cost < cheapest.cost:
+                    cheapest = Plan(changed=(value,)) + plan
             way = way.otherwise
-        assert refusal is not None
-        return refusal
+        answer = cheapest or refusal
+        assert answer is not None
+        return answer
 
     def forward(
         self, affine: Affine, value: ir.Value, visited: frozenset[ir.Node] = frozenset(), depth: int = 0
@@ -140,9 +143,10 @@ class Walk:
         step = self._ask(FORWARD, node, index, affine, visited, depth)
         if isinstance(step, Refusal):
             return step
+        cheapest: Plan | None = None
         refusal: Refusal | None = None
         way: Step | None = step
-        while way is not None:
+        while way is not None and (cheapest is None or cheapest.cost > 0):
             plan = self._visit(node, way)
             for at, carry in way.carries:
                 output = node.outputs[at]
@@ -153,10 +157,12 @@ class Walk:
                 plan += more
                 plan += Plan(changed=() if carry.is_identity else (output,))
             else:
-                return plan
+                if cheapest is None or plan.cost < cheapest.cost:
+                    cheapest = plan
             way = way.otherwise
-        assert refusal is not None
-        return refusal
+        answer = cheapest or refusal
+        assert answer is not None
+        return answer
 
     def _ask(
         self,
@@ -189,11 +195,13 @@ class Walk:
                 return Refusal(no_rule, f"{follows} {op_type}")
             self._require_broadcasting(node, op_type)
             step = rule(node, index, affine, self._facts)
-            if isinstance(step, Step):
-                for rewrite in step.rewrites:
+            way = step if isinstance(step, Step) else None
+            while way is not None:
+                for rewrite in way.rewrites:
                     self._require_broadcasting(
                         node, *(insert.op_type for insert in rewrite.after), rewrite.op_type or op_type
                     )
+                way = way.otherwise
             return step
         except FoldError as error:
             return Refusal(error.reason, str(error))
