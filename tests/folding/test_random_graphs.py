@@ -27,8 +27,8 @@ SELDOM = st.sampled_from([False] * 15 + [True])
 class Network(Net):
     """A graph that grows by random operators on random values, weights used again and again."""
 
-    def __init__(self, draw: s.Draw, since: int = 7, prefix: str = "") -> None:
-        super().__init__(draw, since, prefix)
+    def __init__(self, draw: s.Draw, since: int = 7) -> None:
+        super().__init__(draw, since)
         self.values: list[str] = []
 
     def normal(self, *shape: int) -> str:
@@ -64,12 +64,17 @@ class Network(Net):
         return 0 < math.prod(self.shape(name)) <= MOST_ELEMENTS
 
     def finish(self) -> Case:
-        """All values that nothing uses become outputs, half of them by way of what absorbs maps; and some in the middle."""
+        """What nothing uses becomes an output, half of it by way of what absorbs maps; so do some values in the middle."""
         used = {name for node in self.nodes for name in node.input}
         made = [name for node in self.nodes for name in node.output]
         outputs = []
         for name in made:
-            if name not in used and self.rank(name) in (2, 3, 4, 5) and self.is_small(name) and self.draw(st.booleans()):
+            if (
+                name not in used
+                and self.rank(name) in (2, 3, 4, 5)
+                and self.is_small(name)
+                and self.draw(st.booleans())
+            ):
                 outputs.append(s.absorber(self, name))
             elif name not in used or self.draw(SELDOM):
                 outputs.append(name)
@@ -90,7 +95,9 @@ def is_even(shape: tuple[int, ...]) -> bool:
 
 def residual(net: Network, x: str) -> str:
     other = net.pick(lambda shape: shape == net.shape(x))
-    return net.node(net.draw(st.sampled_from(["Add", "Add", "Sub", "Mul", "Max"])) if net.opset >= 8 else "Add", x, other)
+    return net.node(
+        net.draw(st.sampled_from(["Add", "Add", "Sub", "Mul", "Max"])) if net.opset >= 8 else "Add", x, other
+    )
 
 
 def concat(net: Network, x: str) -> str:
@@ -159,7 +166,9 @@ def conditional(net: Network, x: str) -> str:
         net._count = inner._count
     condition = net.constant(np.array(net.draw(st.booleans())))
     output = net.name("if")
-    node = onnx.helper.make_node("If", [condition], [output], name=output, then_branch=branches[0], else_branch=branches[1])
+    node = onnx.helper.make_node(
+        "If", [condition], [output], name=output, then_branch=branches[0], else_branch=branches[1]
+    )
     net.nodes.append(node)
     net.types[output] = net.types[x]
     return output
@@ -186,7 +195,7 @@ OPERATORS: dict[str, tuple[Callable[[tuple[int, ...]], bool], int, Callable[[Net
     "AveragePool": (is_spatial, 7, s.average_pool),
     "GlobalAveragePool": (is_spatial, 7, s.global_average_pool),
     "GlobalMaxPool": (is_spatial, 7, s.global_max_pool),
-    "ReduceMean": (has_rank(3, 4, 5), 7, s.reduce_mean),
+    "ReduceMean": (has_rank(3, 4, 5), 7, s.reduce),
     "Resize": (has_rank(4), 11, s.resize),
     "Concat": (has_rank(2, 3, 4, 5), 7, concat),
     "Split": (lambda shape: len(shape) > 1 and shape[1] > 1, 7, s.split),
@@ -196,13 +205,21 @@ OPERATORS: dict[str, tuple[Callable[[tuple[int, ...]], bool], int, Callable[[Net
     "Transpose": (has_rank(2, 3, 4, 5), 7, any_transpose),
     "Reshape": (has_rank(2, 3, 4, 5), 7, any_reshape),
     "Flatten": (has_rank(2, 3, 4, 5), 7, s.flatten),
-    "Squeeze": (lambda shape: shape[-1] == 1 and len(shape) > 2, 7, lambda net, x: s.squeeze(net, x, [net.rank(x) - 1])),
+    "Squeeze": (
+        lambda shape: shape[-1] == 1 and len(shape) > 2,
+        7,
+        lambda net, x: s.squeeze(net, x, [net.rank(x) - 1]),
+    ),
     "Unsqueeze": (has_rank(2, 3, 4), 7, lambda net, x: s.unsqueeze(net, x, [net.draw(st.integers(0, net.rank(x)))])),
     "Expand": (has_rank(2, 3, 4), 8, s.expand),
     "DepthToSpace": (lambda shape: len(shape) == 4 and shape[1] % 4 == 0, 7, s.depth_to_space),
     "SpaceToDepth": (is_even, 7, s.space_to_depth),
     "Pad": (has_rank(3, 4, 5), 7, lambda net, x: s.pad(net, x, value=net.draw(st.sampled_from([None, 0.0, 0.5])))),
-    "Pad by reflection": (has_rank(3, 4), 7, lambda net, x: s.pad(net, x, net.draw(st.sampled_from(["reflect", "edge"])))),
+    "Pad by reflection": (
+        has_rank(3, 4),
+        7,
+        lambda net, x: s.pad(net, x, net.draw(st.sampled_from(["reflect", "edge"]))),
+    ),
     "Identity": (has_rank(2, 3, 4, 5), 7, s.identity),
     "Dropout": (has_rank(2, 3, 4, 5), 7, s.dropout),
     "Cast": (has_rank(2, 3, 4, 5), 7, s.cast),
