@@ -64,7 +64,7 @@ class Network(Net):
         return 0 < math.prod(self.shape(name)) <= MOST_ELEMENTS
 
     def finish(self) -> Case:
-        """What nothing uses becomes an output, half of it by way of what absorbs maps; so do some values in the middle."""
+        """What nothing uses becomes an output, half of it by way of what absorbs maps; so do values in the middle."""
         used = {name for node in self.nodes for name in node.input}
         made = [name for node in self.nodes for name in node.output]
         outputs = []
