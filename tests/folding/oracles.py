@@ -380,7 +380,6 @@ def survive(model: onnx.ModelProto, feeds: Feeds, *, aggressive: bool = False) -
     except AssertionError as error:
         raise AssertionError(f"{error}{describe(model, result)}") from None
     assert_report_is_complete(model, result)
-    assert fold(model, aggressive).model.SerializeToString(deterministic=True) == content, "not deterministic"
     reread = onnx.ModelProto.FromString(content)
     assert fold(reread, aggressive).model.SerializeToString(deterministic=True) == content, "not idempotent"
     return result

@@ -169,7 +169,7 @@ def pointwise(net: Net, x: str, outputs: int) -> str:
 
 
 @rows_with("backward")
-@examples(0.12)
+@examples(0.02)
 @given(data=st.data())
 def test_map_behind_an_operator_goes_into_what_comes_before(row, data):
     row = ROWS[row]
@@ -181,7 +181,7 @@ def test_map_behind_an_operator_goes_into_what_comes_before(row, data):
 
 
 @rows_with("forward")
-@examples(0.12)
+@examples(0.02)
 @given(data=st.data())
 def test_map_before_an_operator_goes_into_what_comes_behind(row, data):
     row = ROWS[row]
@@ -193,7 +193,7 @@ def test_map_before_an_operator_goes_into_what_comes_behind(row, data):
 
 
 @rows_with("aggressive")
-@examples(0.12)
+@examples(0.02)
 @given(data=st.data())
 def test_map_before_an_operator_is_traded_if_asked_for(row, data):
     row = ROWS[row]
@@ -205,7 +205,7 @@ def test_map_before_an_operator_is_traded_if_asked_for(row, data):
 
 
 @pytest.mark.parametrize("row", ROWS)
-@examples(0.12)
+@examples(0.02)
 @given(data=st.data(), aggressive=st.booleans())
 def test_no_map_is_folded_wrongly(row, data, aggressive):
     """Any map, whether or not there is anything to absorb it."""
@@ -225,7 +225,7 @@ def test_no_map_is_folded_wrongly(row, data, aggressive):
 
 
 @pytest.mark.parametrize("row", ROWS)
-@examples(0.03)
+@examples(0.015)
 @given(data=st.data(), dtype=st.sampled_from(["float32", "float32", "float16", "bfloat16"]), forward=st.booleans())
 def test_narrow_types_stay_within_the_bound(row, data, dtype, forward):
     # The operators of convolutional networks know bfloat16 since opset 22.
@@ -254,7 +254,7 @@ ABSORBERS: dict[str, tuple[Callable[[Net], str], Operator]] = {
 
 
 @pytest.mark.parametrize("kind", ABSORBERS)
-@examples(0.4)
+@examples(0.06)
 @given(data=st.data())
 def test_operator_absorbs_the_map_behind_it(kind, data):
     net = Net(data.draw)
@@ -267,7 +267,7 @@ def test_operator_absorbs_the_map_behind_it(kind, data):
 
 @pytest.mark.parametrize("kind", ABSORBERS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@examples(0.06)
+@examples(0.02)
 @given(data=st.data())
 def test_operator_of_narrow_type_absorbs_within_the_bound(kind, dtype, data):
     net = Net(data.draw, 22 if dtype == "bfloat16" else 7)
@@ -293,7 +293,7 @@ TAKES_SCALES = {
 
 
 @pytest.mark.parametrize("kind", TAKES_WHOLE_MAPS)
-@examples(0.4)
+@examples(0.06)
 @given(data=st.data())
 def test_operator_absorbs_the_map_before_it(kind, data):
     net = Net(data.draw)
@@ -305,7 +305,7 @@ def test_operator_absorbs_the_map_before_it(kind, data):
 
 
 @pytest.mark.parametrize("kind", TAKES_SCALES)
-@examples(0.4)
+@examples(0.06)
 @given(data=st.data())
 def test_padded_operator_absorbs_the_scale_before_it(kind, data):
     net = Net(data.draw)
@@ -316,7 +316,7 @@ def test_padded_operator_absorbs_the_scale_before_it(kind, data):
 
 
 @pytest.mark.parametrize("operator", [s.conv, lambda net, x: s.conv_transpose(net, x, explicit=True)])
-@examples(0.4)
+@examples(0.06)
 @given(data=st.data())
 def test_shift_before_a_padded_operator_becomes_a_border_map_if_asked_for(operator, data):
     """The padding of ConvTranspose must be given, because runtimes differ in what auto_pad means there."""
@@ -328,7 +328,7 @@ def test_shift_before_a_padded_operator_becomes_a_border_map_if_asked_for(operat
 
 @pytest.mark.parametrize("kind", [*TAKES_WHOLE_MAPS, *TAKES_SCALES])
 @pytest.mark.parametrize("aggressive", [False, True])
-@examples(0.15)
+@examples(0.03)
 @given(data=st.data())
 def test_operator_never_takes_the_map_before_it_wrongly(kind, aggressive, data):
     net = Net(data.draw)
@@ -337,7 +337,7 @@ def test_operator_never_takes_the_map_before_it_wrongly(kind, aggressive, data):
     survive(case.model, case.feeds, aggressive=aggressive)
 
 
-@examples(0.2)
+@examples(0.04)
 @given(data=st.data())
 def test_contracted_rows_of_a_transposed_gemm_absorb_the_map_of_the_first_axis(data):
     net = Net(data.draw)
@@ -357,7 +357,7 @@ def sequences(net: Net) -> str:
     return net.input((2, length, features), draw(st.sampled_from([(), (0,), (0, 1)])))
 
 
-@examples(0.2)
+@examples(0.04)
 @given(data=st.data())
 def test_matmul_of_sequences_absorbs_scales_of_its_features_from_both_sides(data):
     net = Net(data.draw)
@@ -367,7 +367,7 @@ def test_matmul_of_sequences_absorbs_scales_of_its_features_from_both_sides(data
     assert_left(case.model, result)
 
 
-@examples(0.2)
+@examples(0.04)
 @given(data=st.data())
 def test_batch_norm_behind_a_linear_layer_and_a_transpose_goes_into_matmul_and_its_bias(data):
     net = Net(data.draw)
@@ -378,7 +378,7 @@ def test_batch_norm_behind_a_linear_layer_and_a_transpose_goes_into_matmul_and_i
     assert_left(case.model, result, {"Add": 1})
 
 
-@examples(0.2)
+@examples(0.04)
 @given(data=st.data())
 def test_batch_norm_behind_matrix_reshape_and_transpose_goes_into_the_matrix(data):
     """(N*L, F), Gemm or MatMul, (N, L, C), (N, C, L): the wrong axis has the same size if L equals C."""
@@ -392,7 +392,7 @@ def test_batch_norm_behind_matrix_reshape_and_transpose_goes_into_the_matrix(dat
     assert_left(case.model, result)
 
 
-@examples(0.2)
+@examples(0.04)
 @given(data=st.data())
 def test_map_of_another_axis_never_goes_into_matmul_wrongly(data):
     net = Net(data.draw)
@@ -420,7 +420,7 @@ def branches(net: Net, count: int, outputs: int | None = None) -> list[str]:
     return [pointwise(net, x, outputs or net.draw(st.integers(1, 3))) for _ in range(count)]
 
 
-@examples(0.2)
+@examples(0.04)
 @given(data=st.data())
 def test_map_behind_a_concat_goes_into_every_branch(data):
     net = Net(data.draw)
@@ -430,7 +430,7 @@ def test_map_behind_a_concat_goes_into_every_branch(data):
     assert_left(case.model, result)
 
 
-@examples(0.2)
+@examples(0.04)
 @given(data=st.data())
 def test_maps_before_a_concat_go_into_what_comes_behind(data):
     net = Net(data.draw)
@@ -443,7 +443,7 @@ def test_maps_before_a_concat_go_into_what_comes_behind(data):
 
 
 @pytest.mark.parametrize("op_type", ["Add", "Sub", "Sum"])
-@examples(0.1)
+@examples(0.02)
 @given(data=st.data())
 def test_map_behind_a_residual_goes_into_every_branch(op_type, data):
     net = Net(data.draw, 8 if op_type == "Sum" else 7)
@@ -455,7 +455,7 @@ def test_map_behind_a_residual_goes_into_every_branch(op_type, data):
 
 
 @pytest.mark.parametrize("op_type", ["Mul", "Div"])
-@examples(0.1)
+@examples(0.02)
 @given(data=st.data())
 def test_scale_behind_a_product_goes_into_a_factor(op_type, data):
     net = Net(data.draw)
@@ -468,7 +468,7 @@ def test_scale_behind_a_product_goes_into_a_factor(op_type, data):
     assert_left(case.model, result)
 
 
-@examples(0.2)
+@examples(0.04)
 @given(data=st.data())
 def test_map_of_the_features_goes_into_a_layer_normalization(data):
     net = Net(data.draw, 17)
@@ -480,7 +480,7 @@ def test_map_of_the_features_goes_into_a_layer_normalization(data):
     assert_left(case.model, result)
 
 
-@examples(0.2)
+@examples(0.04)
 @given(data=st.data())
 def test_maps_behind_the_parts_of_a_split_go_into_what_comes_before(data):
     net = Net(data.draw)
@@ -491,7 +491,7 @@ def test_maps_behind_the_parts_of_a_split_go_into_what_comes_before(data):
     assert_left(case.model, result)
 
 
-@examples(0.2)
+@examples(0.04)
 @given(data=st.data())
 def test_map_before_a_split_goes_into_every_consumer(data):
     net = Net(data.draw)
@@ -501,7 +501,7 @@ def test_map_before_a_split_goes_into_every_consumer(data):
     assert_left(case.model, result)
 
 
-@examples(0.2)
+@examples(0.04)
 @given(data=st.data())
 def test_map_with_several_consumers_goes_into_all_or_none(data):
     net = Net(data.draw)
@@ -513,7 +513,7 @@ def test_map_with_several_consumers_goes_into_all_or_none(data):
     assert_left(case.model, result, {"BatchNormalization": wall})
 
 
-@examples(0.2)
+@examples(0.04)
 @given(data=st.data())
 def test_consecutive_maps_between_walls_become_one(data):
     net = Net(data.draw)
@@ -525,7 +525,7 @@ def test_consecutive_maps_between_walls_become_one(data):
     assert_left(case.model, result, {"BatchNormalization": 1}, {"Mul": 1, "Add": 1})
 
 
-@examples(0.2)
+@examples(0.04)
 @given(data=st.data())
 def test_arithmetic_beside_a_batch_norm_merges_into_it(data):
     net = Net(data.draw)
@@ -560,7 +560,7 @@ def onnx_array(proto: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("how", ["Identity", "Cast", "Transpose", "Constant"])
-@examples(0.15)
+@examples(0.03)
 @given(data=st.data(), forward=st.booleans())
 def test_weights_behind_operators_are_found(how, data, forward):
     net = Net(data.draw)
@@ -578,7 +578,7 @@ def test_weights_behind_operators_are_found(how, data, forward):
     assert_left(case.model, result)
 
 
-@examples(0.3)
+@examples(0.05)
 @given(data=st.data())
 def test_map_goes_into_the_scale_of_a_quantized_weight(data):
     net = Net(data.draw, 13)
@@ -600,7 +600,7 @@ def test_map_goes_into_the_scale_of_a_quantized_weight(data):
 
 
 @pytest.mark.parametrize("kind", [*ROWS, *ABSORBERS])
-@examples(0.06)
+@examples(0.02)
 @given(data=st.data())
 def test_oracle_agrees_with_onnxruntime(kind, data):
     """What the folds are compared with is itself compared, with another's optimisations off."""
