@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 
-OPTIONAL = ("typer", "rich", "jinja2", "onnx", "onnx_ir", "onnxruntime")
+# What may be missing, and the extras that bring it.
+OPTIONAL = dict.fromkeys(("typer", "rich", "jinja2", "onnx", "onnx_ir", "onnxruntime"), "cli,onnx")
+OPTIONAL["matplotlib"] = "cli,onnx,bench"
 
 
 def main() -> None:
@@ -24,5 +26,5 @@ def main() -> None:
         missing = (error.name or "").partition(".")[0]
         if missing not in OPTIONAL:
             raise
-        print(f'pybn: {missing} is not installed; run: pip install "pybn[cli,onnx]"', file=sys.stderr)
+        print(f'pybn: {missing} is not installed; run: pip install "pybn[{OPTIONAL[missing]}]"', file=sys.stderr)
         sys.exit(1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import pybn
-from pybn import fold_commands, terminal
+from pybn import fold_commands
 from pybn.failure import WRONG_USAGE, fail
 
 if TYPE_CHECKING:
@@ -239,6 +239,8 @@ def _compare(earlier: Run, threads: int, rounds: int, tolerance: float | None, s
 
 def _measuring(cases: Iterable[Case]) -> Iterable[Case]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from pybn import terminal
 
     cases = list(cases)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -6,14 +6,14 @@ from typing import NoReturn
 
 import typer
 
-from pybn import terminal
-
 FAILED = 1
 WRONG_USAGE = 2
 
 
 def say(message: str) -> None:
     """Print one line on standard error."""
+    from pybn import terminal  # slow to import, and most commands do not fail
+
     typer.echo(f"pybn: {terminal.printable(message)}", err=True)
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from pybn import terminal
 from pybn.failure import FAILED, WRONG_USAGE, fail, say
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from pybn.folding.files import Loaded
     from pybn.folding.onnx import FoldResult
-    from pybn.folding.report import Check, FoldReport
+    from pybn.folding.report import Check, FoldReport, WeightRange
 
-Progress: TypeAlias = Callable[[Iterable[Any]], Iterable[Any]]
+T = TypeVar("T")
 
 # Standard input or output.
 STANDARD = Path("-")
@@ -42,10 +42,11 @@ class WrongUsage(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One model to fold, and where to; None for nowhere."""
+    """One model to fold, and where to; None for nowhere. Of --output-dir, the folder is made."""
 
     source: Path
     target: Path | None
+    makes_folder: bool
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Options:
     skip: tuple[str, ...]
     only: tuple[str, ...]
     max_left: int | None
+    measure: bool
     quiet: bool
 
 
@@ -67,8 +69,8 @@ def fold(
         list[Path],
         typer.Argument(
             metavar="IN... [OUT]",
-            help="The ONNX model, and where to write; IN.folded.onnx if absent. `-` is standard input or output. Several "
-            "models with --output-dir or --in-place.",
+            help="The ONNX model, and where to write; IN.folded.onnx if absent. `-` is standard input or output. "
+            "Several models with --output-dir or --in-place.",
             show_default=False,
         ),
     ],
@@ -120,6 +122,9 @@ def fold(
         Path | None, typer.Option(metavar="FILE.png", help="Also draw the scales of weights before and after.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="List every row, also affine nodes that are not batch norms.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors, and JSON if asked.")] = False,
 ) -> None:
     """Fold the batch norms of trained ONNX models into the weights around them.
@@ -142,18 +147,31 @@ def fold(
 
     - `pybn fold model.onnx --dry-run --max-left 0` (is any batch norm left? for scripts)
 
-    - `pybn fold - < model.onnx > folded.onnx` (the report goes to standard error; JSON only to a file: `--report f.json`)
+    - `pybn fold - < model.onnx > folded.onnx` (the report goes to standard error; JSON to a file: `--report f.json`)
 
     - `pybn fold model.onnx --json > report.json` (an object; for several models an array)
 
     **Exit codes**: 0 done, also if there was nothing to fold; 1 a model cannot be read or written, the check failed, or
     more was left than `--max-left` allows: that model was not written; 2 wrong usage.
     """
+    # Here as elsewhere: imported where it is needed, because `--help` should not wait for it.
+    from pybn import terminal
+
     jobs = _jobs(paths, output_dir, in_place, dry_run)
-    options = Options(check, check_data, aggressive, reversible, tuple(skip or ()), tuple(only or ()), max_left, quiet)
+    pages = report_files or []
+    options = Options(
+        check=check,
+        check_data=check_data,
+        aggressive=aggressive,
+        reversible=reversible,
+        skip=tuple(skip or ()),
+        only=tuple(only or ()),
+        max_left=max_left,
+        measure=as_json or bool(pages) or png is not None,
+        quiet=quiet,
+    )
     to_stdout = any(job.target == STANDARD for job in jobs)
-    pages = [*(report_files or []), *([png] if png is not None else [])]
-    _require_consistent(jobs, pages, as_json, to_stdout)
+    _require_consistent(jobs, pages, png, as_json, to_stdout)
     _quiet_libraries()
 
     reports: list[dict[str, Any]] = []
@@ -161,12 +179,12 @@ def fold(
     for job in jobs:
         try:
             report, failure = _fold_one(job, options)
-            _write_pages(report, report_files or [], png)
+            _write_pages(report, pages, png)
             reports.append(report.to_dict())
             if not (as_json or quiet):
                 # Where the model goes to standard output, all text goes to standard error.
                 with contextlib.redirect_stdout(sys.stderr if to_stdout else sys.stdout):
-                    terminal.print_report(report)
+                    terminal.print_report(report, everything=everything)
                     if dry_run:
                         typer.echo("dry run: no model was written")
         except WrongUsage as error:
@@ -200,13 +218,15 @@ def inspect(
     """
     _require_name(source)
     _quiet_libraries()
+    from pybn import terminal
     from pybn.folding import inspection
 
     try:
         with _one_line_errors(source):
             loaded = _load(source)
-            report = replace(_fold(loaded, progress=_bar("folding", loaded.info.bytes)).report, input=loaded.info)
-            findings = inspection.inspect(loaded.proto, report, loaded.folder)
+            report = replace(_fold(loaded, quiet=as_json).report, input=loaded.info)
+            aggressive = _fold(loaded, quiet=as_json, aggressive=True).report
+            findings = inspection.inspect(loaded.proto, report, aggressive, loaded.outside)
     except Failed as error:
         fail(str(error))
     if as_json:
@@ -216,19 +236,16 @@ def inspect(
         where = "" if finding.graph == "main" else f" in {finding.graph}"
         lines = [
             f"{finding.op_type} {finding.name}{where}",
-            f"  after       {', '.join(finding.before)}",
-            f"  before      {', '.join(finding.after)}",
+            f"  from        {', '.join(finding.before)}",
+            f"  to          {', '.join(finding.after)}",
             f"  default     {finding.default}",
         ]
         if finding.aggressive is not None:
             lines.append(f"  aggressive  {finding.aggressive}")
         for line in lines:
             typer.echo(terminal.printable(line))
-    counts = report.counts
-    others = f" and {counts['affines']} other affine nodes" if counts["affines"] else ""
-    typer.echo(
-        f"{counts['batch_norms']} batch norms{others}; {counts['folded'] + counts['affines_folded']} would be folded"
-    )
+    nodes = f"{len(report.batch_norms)} batch norms, {len(report.affines)} other affine nodes"
+    typer.echo(f"{nodes}: {len(report.folds)} would be folded, {len(aggressive.folds)} with --aggressive")
 
 
 def unfold(
@@ -247,15 +264,17 @@ def unfold(
 ) -> None:
     """Restore the original of a model that was folded with --reversible, bit for bit.
 
-    What is written is the original's file, byte for byte, which its SHA-256 proves; data files that it had go beside OUT,
-    under the names that it knows them by, unless another file has that name. A model that was changed after its fold
-    cannot be unfolded.
+    What is written is the original's file, byte for byte, which its SHA-256 proves; data files that it had go beside
+    OUT, under the names that it knows them by, unless another file has that name. A model that was changed after its
+    fold cannot be unfolded.
 
     **Examples**
 
-    - `pybn fold model.onnx folded.onnx --reversible`
+    - `pybn fold model.onnx folded.onnx --reversible` and later
 
     - `pybn unfold folded.onnx original.onnx` (`cmp model.onnx original.onnx` finds no difference)
+
+    - `pybn unfold - < folded.onnx > original.onnx`
 
     **Exit codes**: 0 done; 1 the model cannot be read, does not carry its original, or was changed; 2 wrong usage.
     """
@@ -275,6 +294,8 @@ def unfold(
     except Failed as error:
         fail(str(error))
     if not quiet:
+        from pybn import terminal
+
         for path in written:
             typer.echo(f"wrote {terminal.printable(str(path))}", err=target == STANDARD)
 
@@ -312,18 +333,30 @@ def _jobs(paths: list[Path], output_dir: Path | None, in_place: bool, dry_run: b
     if not dry_run:
         for target in targets:
             _require_terminal_free(target)
-    return [Job(source, None if dry_run else target) for source, target in zip(sources, targets, strict=True)]
+    makes_folder = output_dir is not None
+    pairs = zip(sources, targets, strict=True)
+    return [Job(source, None if dry_run else target, makes_folder) for source, target in pairs]
 
 
-def _require_consistent(jobs: list[Job], pages: list[Path], as_json: bool, to_stdout: bool) -> None:
-    if pages and len(jobs) > 1:
+def _require_consistent(jobs: list[Job], pages: list[Path], png: Path | None, as_json: bool, to_stdout: bool) -> None:
+    everything = [*pages, *([png] if png is not None else [])]
+    if everything and len(jobs) > 1:
         fail("--report and --png take one model", WRONG_USAGE)
     for page in pages:
-        expected = (".png",) if page is pages[-1] and page.suffix == ".png" else (".html", ".json")
-        if page.suffix not in expected:
-            fail(f"{page}: expected a name that ends in {' or '.join(expected)}", WRONG_USAGE)
+        if page.suffix not in (".html", ".json"):
+            fail(f"--report is {str(page)!r}, expected a name that ends in .html or .json", WRONG_USAGE)
+    if png is not None and png.suffix != ".png":
+        fail(f"--png is {str(png)!r}, expected a name that ends in .png", WRONG_USAGE)
+    for page in everything:
+        if not page.parent.is_dir():
+            fail(f"{page}: there is no folder {str(page.parent)!r}", WRONG_USAGE)
     if as_json and to_stdout:
         fail("the model goes to standard output: write JSON to a file (--report FILE.json)", WRONG_USAGE)
+    # Imported before anything is written, in case they are not installed.
+    if any(page.suffix == ".html" for page in pages):
+        importlib.import_module("pybn.folding.html")
+    if png is not None:
+        importlib.import_module("pybn.folding.picture")
 
 
 def _require_name(source: Path) -> None:
@@ -342,28 +375,44 @@ def _fold_one(job: Job, options: Options) -> tuple[FoldReport, str | None]:
         loaded = _load(job.source, keep=options.reversible)
         if job.target not in (None, STANDARD, job.source):
             _require_target(job.target, loaded)
-        result = _fold(
-            loaded,
-            aggressive=options.aggressive,
-            skip=options.skip,
-            only=options.only,
-            progress=_bar("folding", loaded.info.bytes, options.quiet),
-        )
+        result = _fold(loaded, options.quiet, options.aggressive, options.skip, options.only)
         report = replace(result.report, input=loaded.info)
-        _require_known((*options.skip, *options.only), report)
         if options.check is not None or options.check_data is not None:
             report = replace(report, check=_verify(loaded, result.model, report, options))
+        if options.measure:
+            report = replace(report, weights=_weights(loaded, result.model))
         failure = _failure(report, options)
         if failure is None and job.target is not None:
             report = _write(job, loaded, result.model, report, options)
     return report, failure and f"{job.source}: {failure}; nothing was written"
 
 
-def _fold(loaded: Loaded, **options: Any) -> FoldResult[onnx.ModelProto]:
+def _fold(
+    loaded: Loaded,
+    quiet: bool,
+    aggressive: bool = False,
+    skip: Collection[str] = (),
+    only: Collection[str] = (),
+) -> FoldResult[onnx.ModelProto]:
+    from pybn.folding.files import ModelError
     from pybn.folding.onnx import fold_onnx
 
-    given = {name: value for name, value in options.items() if value}
-    return fold_onnx(loaded.proto, folder=loaded.folder, **given)
+    with _bar("folding", hidden=quiet or loaded.info.bytes < LARGE_BYTES) as progress:
+        try:
+            return fold_onnx(
+                loaded.proto,
+                folder=loaded.outside,
+                aggressive=aggressive,
+                skip=skip,
+                only=only,
+                progress=progress,
+            )
+        except ModelError:
+            raise
+        except ValueError as error:  # of names that no node has
+            if not skip and not only:
+                raise
+            raise WrongUsage(f"{error}; `pybn inspect` lists them") from error
 
 
 def _load(source: Path, *, keep: bool = False) -> Loaded:
@@ -380,13 +429,6 @@ def _require_target(target: Path, loaded: Loaded) -> None:
     require_replaceable(target)
     if target.exists() and target.resolve() in loaded.data_files:
         raise WrongUsage("OUT is a file in which IN keeps its weights")
-
-
-def _require_known(names: tuple[str, ...], report: FoldReport) -> None:
-    known = {name for row in report.rows for name in (row.name, row.output)}
-    for name in names:
-        if name not in known:
-            raise WrongUsage(f"no batch norm or affine node is named {name!r}; `pybn inspect` lists them")
 
 
 def _failure(report: FoldReport, options: Options) -> str | None:
@@ -408,21 +450,37 @@ def _write(job: Job, loaded: Loaded, folded: onnx.ModelProto, report: FoldReport
         reversible.store(folded, loaded.content, loaded.data())
     elif carries and report.folds:
         reversible.forget(folded)
-        say("the folded model does not carry its original: that needs --reversible again")
+        _note("the folded model does not carry its original: that needs --reversible again", options)
     elif job.target == job.source and not report.folds:
         return report  # the file stays as it is
     if job.target == STANDARD:
         if not fits_one_file(folded):
             raise Failed("a model above 2 GB cannot go to standard output: give OUT")
-        sys.stdout.buffer.write(folded.SerializeToString(deterministic=True))
-        sys.stdout.buffer.flush()
+        _to_standard_output(folded.SerializeToString(deterministic=True))
         return report
-    job.target.parent.mkdir(parents=True, exist_ok=True)
-    info = write_model(folded, job.target, folder=loaded.folder, with_data_file=bool(loaded.data_files))
+    if job.makes_folder:
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+    info = write_model(folded, job.target, folder=loaded.outside, with_data_file=bool(loaded.data_files))
     if job.target == job.source:
         for file in unused_data_files(loaded.data_files, job.target):
-            say(f"{file}: holds nothing of {job.target} any more")
+            _note(f"{file}: holds nothing of {job.target} any more", options)
     return replace(report, output=info)
+
+
+def _note(text: str, options: Options) -> None:
+    if not options.quiet:
+        say(text)
+
+
+def _to_standard_output(content: bytes) -> None:
+    try:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    except OSError:
+        # What is in the buffer still must not be tried once more at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _write_pages(report: FoldReport, pages: list[Path], png: Path | None) -> None:
@@ -442,8 +500,11 @@ def _write_pages(report: FoldReport, pages: list[Path], png: Path | None) -> Non
 
         contents[png] = render_png(report)
     for page, content in contents.items():
-        with _one_line_errors(page, page), disk.replacing(page) as file:
-            file.write(content)
+        try:
+            with disk.replacing(page) as file:
+                file.write(content)
+        except OSError as error:
+            raise Failed(f"{page}: {error.strerror or error}") from error
 
 
 def _unfold(source: Path, target: Path) -> list[Path]:
@@ -460,14 +521,14 @@ def _unfold(source: Path, target: Path) -> list[Path]:
     if target == STANDARD:
         if files:
             raise Failed(f"the original has its weights in {', '.join(files)}: give OUT")
-        sys.stdout.buffer.write(model)
-        sys.stdout.buffer.flush()
+        _to_standard_output(model)
         return []
     require_replaceable(target)
     data = {_data_target(target, name): content for name, content in files.items()}
     written = [path for path, content in data.items() if not _holds(path, content)]
     for path in (*written, target):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path != target:
+            path.parent.mkdir(parents=True, exist_ok=True)
         with disk.replacing(path) as file:
             file.write(data.get(path, model))
     return [*written, target]
@@ -499,9 +560,25 @@ def _verify(loaded: Loaded, folded: onnx.ModelProto, report: FoldReport, options
         inputs, labels = ([], None) if data is None else load_inputs(original, data)
         if options.check is not None:
             inputs = inputs + random_inputs(original, options.check)
-        return verify(original, folded, report, inputs, labels=labels, progress=_bar("checking", quiet=options.quiet))
+        with _bar("checking", hidden=options.quiet) as told:
+            return verify(
+                original,
+                folded,
+                report,
+                inputs,
+                labels=labels,
+                folder=loaded.outside,
+                progress=lambda _: _counted(inputs, told),
+            )
     except CheckError as error:
         raise Failed(f"{error}; nothing was written") from error
+
+
+def _weights(loaded: Loaded, folded: onnx.ModelProto) -> tuple[WeightRange, ...]:
+    from pybn.folding.files import to_ir
+    from pybn.folding.ranges import weight_ranges
+
+    return weight_ranges(to_ir(loaded.proto, loaded.outside), to_ir(folded, loaded.outside))
 
 
 def _failures(check: Check) -> str:
@@ -510,13 +587,23 @@ def _failures(check: Check) -> str:
     return ", ".join(folds + outputs)
 
 
-def _bar(what: str, size: int = LARGE_BYTES, quiet: bool = False) -> Progress:
-    """Return what shows how far an iteration is, on a terminal and for what takes long."""
-    from rich.progress import track
+@contextlib.contextmanager
+def _bar(what: str, *, hidden: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show how far something is, of which it is told what is done and what there is to do."""
+    from rich.progress import Progress
+
+    from pybn import terminal
 
     console = terminal.error_console()
-    hidden = quiet or size < LARGE_BYTES or not console.is_terminal
-    return lambda items: track(items, what, console=console, transient=True, disable=hidden)
+    with Progress(console=console, transient=True, disable=hidden or not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _counted(items: Sequence[T], told: Callable[[int, int], None]) -> Iterator[T]:
+    for done, item in enumerate(items):
+        told(done, len(items))
+        yield item
 
 
 @contextlib.contextmanager
@@ -530,7 +617,7 @@ def _one_line_errors(source: Path, target: Path | None = None) -> Iterator[None]
     except ModelError as error:
         raise Failed(str(error)) from error
     except OSError as error:
-        where = error.filename if target is None else target
+        where = error.filename if target is None else "standard output" if target == STANDARD else target
         raise Failed(f"{where}: {error.strerror or error}; nothing was written") from error
     except RecursionError as error:
         raise Failed(f"{source}: the model is nested too deeply") from error

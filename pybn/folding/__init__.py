@@ -18,14 +18,19 @@ Read in this order; each file uses only those above it:
 - ``editor``           changing a graph: new constants, a node taken out
 - ``report``           what was folded, what was left, and what the check found
 - ``neighbours``       what surrounds a node that is left
-- ``engine``           the fold of a model in place: every node in its turn
-- ``passes``           the same as a pass of onnx-ir
-- ``files``            reading models without trusting them, writing them atomically
-- ``onnx``             `fold_onnx`
 - ``ranges``           how large weights are before and after, for the report
 - ``sketch``           a small graph laid out
 - ``picture``          the ranges as a picture
 - ``html``             the report as a page, from ``templates``
+- ``engine``           the fold of a model in place: every node in its turn
+- ``passes``           the same as a pass of onnx-ir
+- ``disk``             regular files, and how they are replaced so that a failure changes nothing
+- ``protos``           ONNX messages: their tensors, and copies without the tensors' data
+- ``external``         tensors in files beside a model, checked before they are read
+- ``validity``         what a model must be before anything is done with it
+- ``files``            reading models without trusting them, writing them so that a failure changes nothing
+- ``reversible``       what a folded model carries so that its original can be restored
+- ``onnx``             `fold_onnx`
 - ``segments``         where two models differ: values of both that they compute in different ways
 - ``inlining``         local functions put where they are called, so that this can be seen
 - ``widening``         bfloat16 models for runtimes that do not know the type
@@ -35,6 +40,7 @@ Read in this order; each file uses only those above it:
 - ``fold_proof``       the rounding bound of one difference, and the comparison with it
 - ``probing``          graphs changed to look into them, and to move values inside
 - ``verify``           the comparison of a folded model with its original
+- ``inspection``       what a model holds that can be folded, and what would become of it
 
 Importing this package needs NumPy only; `fold_onnx` needs ``pybn[onnx]``.
 """

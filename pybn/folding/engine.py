@@ -75,11 +75,11 @@ class _Engine:
                 self._origins[node] = _Origin(node, display_name(node), node.op_type, output, scope.label)
                 self._names.update(value.name for value in node.outputs if value.name)
         affine = [node for node in self._origins if sources.read(node, self._facts) is not None]
-        self._total = len(affine)
         _require_names("only", options.only, (self._origins[node].name for node in affine))
         _require_names("skip", options.skip, (origin.name for origin in self._origins.values()))
         self._frozen = {node for node, origin in self._origins.items() if origin.name in options.skip}
-        self._done: set[ir.Node] = set()
+        self._waiting = set(affine)
+        self._total = len(affine)
 
     def run(self) -> FoldReport:
         # Trades come last, when all that is free has been had.
@@ -94,13 +94,19 @@ class _Engine:
     def _pass(self, *, trades: bool) -> bool:
         """Try to fold every affine node once. In graph order, what is upstream has settled before."""
         folded = False
-        for scope in list(scopes(self._model)):
-            for node in list(scope.graph):
-                found = sources.read(node, self._facts)
-                if found is not None:
-                    folded = self._fold(node, found, trades=trades) or folded
-                    self._tell(node)
+        for node in [node for scope in scopes(self._model) for node in scope.graph]:
+            # A Constant may have gone with what used it.
+            found = None if node.graph is None else sources.read(node, self._facts)
+            if found is not None:
+                folded = self._fold(node, found, trades=trades) or folded
+                self._tell(node)
         return folded
+
+    def _tell(self, node: ir.Node) -> None:
+        """Report progress, once per affine node of the original."""
+        if self._options.progress is not None and node in self._waiting:
+            self._waiting.remove(node)
+            self._options.progress(self._total - len(self._waiting), self._total)
 
     def _fold(self, node: ir.Node, found: Source | Refusal, *, trades: bool) -> bool:
         """Fold one node, or note why not."""
@@ -199,12 +205,6 @@ class _Engine:
             cost=origin.cost,
             scale_range=origin.scale_range,
         )
-
-    def _tell(self, node: ir.Node) -> None:
-        """Report progress, once per affine node of the original."""
-        if self._options.progress is not None and node in self._origins and node not in self._done:
-            self._done.add(node)
-            self._options.progress(len(self._done), max(self._total, len(self._done)))
 
 
 def _require_names(option: str, names: Collection[str], known: Iterable[str]) -> None:

@@ -67,6 +67,11 @@ class Loaded:
     data_files: frozenset[Path]
     content: bytes = b""
 
+    @property
+    def outside(self) -> Path | None:
+        """The folder of the data that are not in `proto`; None if all are."""
+        return self.folder if any(map(is_external, tensors(self.proto))) else None
+
     def data(self) -> dict[str, bytes]:
         """Read the data files, by the names that the model in `content` has for them."""
         names = {external.location(tensor) for tensor in tensors(onnx.ModelProto.FromString(self.content))}
@@ -137,6 +142,10 @@ def to_ir(proto: onnx.ModelProto, folder: Path | None = None) -> ir.Model:
     ModelError
         If onnx-ir rejects the model, or the data.
     """
+    if folder is not None:
+        for file in external.files_of(proto, folder):
+            if file.stat().st_nlink > 1:
+                raise ModelError(f"external data {file.name} has several hard links, which onnx-ir does not read")
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx-ir has no common base class for what it rejects
@@ -184,7 +193,11 @@ def write_model(
     target = Path(path)
     require_replaceable(target)
     if with_data_file or not fits_one_file(proto):
-        return _write_two_files(proto, target, folder)
+        model, outside = _moved_outside(proto)
+        if outside:
+            return _write_two_files(model, outside, target, folder)
+        if not fits_one_file(proto):
+            raise ModelError(f"without tensors of {EXTERNAL_FROM} bytes the model exceeds the {MAX_BYTES} of one file")
     content = proto.SerializeToString(deterministic=True)
     with disk.replacing(target) as file:
         file.write(content)
@@ -211,10 +224,12 @@ def unused_data_files(before: Collection[Path], path: Path) -> list[Path]:
     return sorted(file for file in before if file not in now and file.exists())
 
 
-def _write_two_files(proto: onnx.ModelProto, target: Path, folder: Path | None) -> FileInfo:
-    model, outside = _moved_outside(proto)
-    if not outside:
-        return write_model(model, target)
+def _write_two_files(
+    model: onnx.ModelProto,
+    outside: list[tuple[onnx.TensorProto, onnx.TensorProto]],
+    target: Path,
+    folder: Path | None,
+) -> FileInfo:
     old = _own_data_files(target)
     data, is_new = _write_data(target, outside, folder)
     for tensor, _ in outside:

@@ -59,58 +59,65 @@ WIDENING_CASTS = frozenset(
 
 def conv(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """Conv: ``W'[o, i] = a[i] W[o, i]``, ``c' = c + sum W b``, or a map of the borders if it is padded."""
-    weight = _weight(node, index, facts)
-    if isinstance(weight, Refusal):
-        return weight
-    groups = int(attribute(node, "group", 1))
-    if weight.ndim < 3 or groups < 1 or weight.shape[0] % groups:
-        return _wrong_weight(node, weight)
+    operands = _kernel_and_groups(node, index, facts)
+    if isinstance(operands, Refusal):
+        return operands
+    weight, groups = operands
     affine = affine.over(weight.shape[1] * groups, 1)
-    kernel = weight.shape[2:]
-    if affine.keeps_zero:
-        reaches: Sequence[Float64] = [np.ones((taps, 1)) for taps in kernel]
-    else:
-        windows = _windows(node, kernel, facts)
-        if isinstance(windows, Refusal):
-            return windows
-        sizes = _spatial_sizes(node.inputs[0], len(kernel), facts)
-        unknown = [axis for axis, window in enumerate(windows) if window.is_padded and sizes[axis] is None]
-        if unknown:
-            return _unknown_border(node, unknown[0])
-        reaches = [conv_reach(window, size) for window, size in zip(windows, sizes, strict=True)]
+    reaches = _conv_reaches(node, weight.shape[2:], affine, facts)
+    if isinstance(reaches, Refusal):
+        return reaches
     scaled, added = absorb_conv(weight, affine, groups, reaches)
-    return _with_added(node, weight, scaled, added, facts)
+    return _with_added(node, _scaled_weight(weight, scaled, affine), weight, added, facts)
 
 
 def conv_transpose(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """ConvTranspose: as Conv; it is as if padded with zeros, so a shift needs a map of the output."""
-    weight = _weight(node, index, facts)
-    if isinstance(weight, Refusal):
-        return weight
-    groups = int(attribute(node, "group", 1))
-    if weight.ndim < 3 or groups < 1 or weight.shape[0] % groups:
-        return _wrong_weight(node, weight)
+    operands = _kernel_and_groups(node, index, facts)
+    if isinstance(operands, Refusal):
+        return operands
+    weight, groups = operands
     affine = affine.over(weight.shape[0], 1)
-    kernel = weight.shape[2:]
-    if affine.keeps_zero:
-        reaches: Sequence[Float64] = [np.ones((taps, 1)) for taps in kernel]
-    else:
-        if "output_shape" in node.attributes or attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-            return Refusal(Reason.PADDING, "the output of ConvTranspose is given, and not its padding")
-        windows = _windows(node, kernel, facts)
-        if isinstance(windows, Refusal):
-            return windows
-        more = [int(n) for n in attribute(node, "output_padding", [0] * len(kernel))]
-        reaches = []
-        for axis, size in enumerate(_spatial_sizes(node.inputs[0], len(kernel), facts)):
-            if windows[axis] == Window(1) and not more[axis]:  # nothing happens along this axis
-                reaches.append(np.ones((1, 1)))
-            elif size is None:
-                return _unknown_border(node, axis)
-            else:
-                reaches.append(conv_transpose_reach(windows[axis], size, more[axis]))
+    reaches = _conv_transpose_reaches(node, weight.shape[2:], affine, facts)
+    if isinstance(reaches, Refusal):
+        return reaches
     scaled, added = absorb_conv_transpose(weight, affine, groups, reaches)
-    return _with_added(node, weight, scaled, added, facts)
+    return _with_added(node, _scaled_weight(weight, scaled, affine), weight, added, facts)
+
+
+def _conv_reaches(node: ir.Node, kernel: Sequence[int], affine: Affine, facts: Facts) -> list[Float64] | Refusal:
+    if affine.keeps_zero:  # whatever is padded
+        return [conv_reach(Window(taps), None) for taps in kernel]
+    windows = _windows(node, kernel, facts)
+    if isinstance(windows, Refusal):
+        return windows
+    sizes = _spatial_sizes(node.inputs[0], len(kernel), facts)
+    for axis, window in enumerate(windows):
+        if window.is_padded and sizes[axis] is None:
+            return _unknown_border(node, axis)
+    return [conv_reach(window, size) for window, size in zip(windows, sizes, strict=True)]
+
+
+def _conv_transpose_reaches(
+    node: ir.Node, kernel: Sequence[int], affine: Affine, facts: Facts
+) -> list[Float64] | Refusal:
+    if affine.keeps_zero:
+        return [conv_reach(Window(taps), None) for taps in kernel]
+    if "output_shape" in node.attributes or attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return Refusal(Reason.PADDING, "the output of ConvTranspose is given, and not its padding")
+    windows = _windows(node, kernel, facts)
+    if isinstance(windows, Refusal):
+        return windows
+    more = [int(n) for n in attribute(node, "output_padding", [0] * len(kernel))]
+    reaches = []
+    for axis, size in enumerate(_spatial_sizes(node.inputs[0], len(kernel), facts)):
+        if windows[axis] == Window(1) and not more[axis]:  # nothing happens along this axis
+            reaches.append(np.ones((1, 1)))
+        elif size is None:
+            return _unknown_border(node, axis)
+        else:
+            reaches.append(conv_transpose_reach(windows[axis], size, more[axis]))
+    return reaches
 
 
 def gemm(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
@@ -123,7 +130,7 @@ def gemm(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refu
     axis = 1 if attribute(node, "transB", 0) else 0
     affine = affine.over(weight.shape[axis], 0 if attribute(node, "transA", 0) else 1)
     scaled, added = absorb_matrix(weight, affine, axis)
-    constants = {1: round_to(scaled, weight.dtype, "the folded weight")}
+    constants = _scaled_weight(weight, scaled, affine)
     if not added.any():
         return Step((Rewrite(node, constants),))
     if facts.opset(node) < BROADCASTING_GEMM:
@@ -148,8 +155,9 @@ def matmul(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Re
         return _wrong_weight(node, weight)
     if rank is None:
         return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the rank of MatMul's left operand is unknown")
-    scaled, added = absorb_matrix(weight, affine.over(weight.shape[0], rank - 1), 0)
-    constants = {1: round_to(scaled, weight.dtype, "the folded weight")}
+    affine = affine.over(weight.shape[0], rank - 1)
+    scaled, added = absorb_matrix(weight, affine, 0)
+    constants = _scaled_weight(weight, scaled, affine)
     if not added.any():
         return Step((Rewrite(node, constants),))
     bias = round_to(added, weight.dtype, "the folded bias")
@@ -536,6 +544,17 @@ def _weight(node: ir.Node, index: int, facts: Facts) -> Array | Refusal:
     return weight
 
 
+def _kernel_and_groups(node: ir.Node, index: int, facts: Facts) -> tuple[Array, int] | Refusal:
+    """Read the weight and the number of groups of a convolution; the groups divide the weight's first axis."""
+    weight = _weight(node, index, facts)
+    if isinstance(weight, Refusal):
+        return weight
+    groups = int(attribute(node, "group", 1))
+    if weight.ndim < 3 or groups < 1 or weight.shape[0] % groups:
+        return _wrong_weight(node, weight)
+    return weight, groups
+
+
 def _bias(node: ir.Node, weight: Array, facts: Facts) -> Array | Refusal | None:
     """Read the bias, if there is one. An absent one is a missing input, or one with an empty name."""
     value = _input(node, 2)
@@ -549,17 +568,20 @@ def _bias(node: ir.Node, weight: Array, facts: Facts) -> Array | Refusal | None:
     return bias
 
 
-def _with_added(node: ir.Node, weight: Array, scaled: Float64, added: Float64, facts: Facts) -> Step | Refusal:
-    """Give a convolution its scaled weight, and what is to be added to its output: a bias or a map."""
-    constants = {1: round_to(scaled, weight.dtype, "the folded weight")}
+def _scaled_weight(weight: Array, scaled: Float64, affine: Affine) -> dict[int, Array]:
+    """Round the scaled weight; one that stays as it is also stays shared with whoever else uses it."""
+    return {} if affine.keeps_scale else {1: round_to(scaled, weight.dtype, "the folded weight")}
+
+
+def _with_added(
+    node: ir.Node, constants: dict[int, Array], weight: Array, added: Float64, facts: Facts
+) -> Step | Refusal:
+    """Give a convolution its new weight, and what is to be added to its output: a bias or a map."""
     if not added.any():
         return Step((Rewrite(node, constants),))
     if added.size > added.shape[0]:
         sizes = _spatial_sizes(node.outputs[0], added.ndim - 1, facts)
-        if any(
-            size not in (1, known, None) and known is not None
-            for size, known in zip(added.shape[1:], sizes, strict=True)
-        ):
+        if any(size > 1 and known not in (None, size) for size, known in zip(added.shape[1:], sizes, strict=True)):
             return Refusal(Reason.PADDING, f"the output of {node.op_type} has another size than its padding makes")
         border = round_to(added[None], weight.dtype, "the map of the borders")
         return Step((Rewrite(node, constants, after=(Insert("Add", (border,)),)),))
@@ -571,8 +593,7 @@ def _with_added(node: ir.Node, weight: Array, scaled: Float64, added: Float64, f
         if bias.shape != total.shape:
             return Refusal(Reason.PARAMETER_SHAPE, f"the bias of {node.op_type} has shape {bias.shape}")
         total = total + bias.astype(np.float64)
-    constants[2] = round_to(total, weight.dtype, "the folded bias")
-    return Step((Rewrite(node, constants),))
+    return Step((Rewrite(node, {**constants, 2: round_to(total, weight.dtype, "the folded bias")}),))
 
 
 def _windows(node: ir.Node, kernel: Sequence[int], facts: Facts) -> list[Window] | Refusal:

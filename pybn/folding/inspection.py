@@ -29,9 +29,7 @@ class Finding:
     default : str
         What `pybn fold` would do.
     aggressive : str or None
-        What `--aggressive` would do instead; None if the same.
-    row : Fold or Left
-        The row of the fold's report.
+        What `--aggressive` would do; None if the same.
     """
 
     name: str
@@ -42,19 +40,21 @@ class Finding:
     after: tuple[str, ...]
     default: str
     aggressive: str | None
-    row: Fold | Left
 
 
-def inspect(proto: onnx.ModelProto, report: FoldReport, folder: Path | None = None) -> list[Finding]:
-    """Describe every affine node of a model, given the report of its fold."""
+def inspect(
+    proto: onnx.ModelProto, default: FoldReport, aggressive: FoldReport, folder: Path | None = None
+) -> list[Finding]:
+    """Describe every affine node of a model, given the reports of both ways to fold it."""
     nodes = {
         (scope.label, node.outputs[0].name): node
         for scope in scopes(files.to_ir(proto, folder))
         for node in scope.graph
         if node.outputs
     }
+    alternatives = {(row.graph, row.output): row for row in aggressive.rows}
     findings = []
-    for row in report.rows:
+    for row in default.rows:
         before: list[str] = []
         after: list[str] = []
         # The node itself is the first.
@@ -62,27 +62,32 @@ def inspect(proto: onnx.ModelProto, report: FoldReport, folder: Path | None = No
         for other in around[1:]:
             side = before if set(other.outputs) & set(around[0].inputs) else after
             side.append(f"{other.op_type} {other.name}")
-        would = row.would if isinstance(row, Left) else None
+        plain, other_way = _fate(row), _fate(alternatives.get((row.graph, row.output), row))
         findings.append(
             Finding(
-                row.name, row.op_type, row.output, row.graph, tuple(before), tuple(after), _default(row), would, row
+                name=row.name,
+                op_type=row.op_type,
+                output=row.output,
+                graph=row.graph,
+                before=tuple(before),
+                after=tuple(after),
+                default=plain,
+                aggressive=None if other_way == plain else other_way,
             )
         )
     return findings
 
 
 def to_dict(findings: list[Finding], report: FoldReport) -> dict[str, Any]:
-    """Return findings as plain values, ready for JSON."""
-    rows = []
-    for finding, row in zip(findings, report.to_dict()["rows"], strict=True):
-        values = {key: value for key, value in asdict(finding).items() if key != "row"}
-        rows.append(values | {"fold": row})
+    """Return findings as plain values, ready for JSON: each with the row of the report of the fold by default."""
+    rows = [asdict(finding) | {"fold": row} for finding, row in zip(findings, report.to_dict()["rows"], strict=True)]
     source = None if report.input is None else asdict(report.input)
     return {"schema": SCHEMA, "input": source, "counts": report.counts, "rows": rows}
 
 
-def _default(row: Fold | Left) -> str:
+def _fate(row: Fold | Left) -> str:
     if isinstance(row, Left):
         return f"stays: {row.sentence}"
     where = {"backward": "back into", "forward": "forward into", "merged": "merged with"}[row.direction]
-    return f"folds {where} {', '.join(row.into)}"
+    cost = f", at the cost of {row.cost} new operator{'s' * (row.cost > 1)}" if row.cost else ""
+    return f"folds {where} {', '.join(row.into)}{cost}"

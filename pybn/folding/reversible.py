@@ -358,13 +358,16 @@ def _fit(original: npt.NDArray[Any], folded: npt.NDArray[Any], factors: Sequence
         if len(factors) == 1:
             return [_fit_factor(before, after, half, factors[0])]
         first, second = factors
-        # Alternately, from the least squares of the first alone; each pass uses all that is known of the other.
-        ones = np.ones(_scale_shape(before.shape, second))
-        scales = [_least_squares(before, after, first), ones]
-        for _ in range(3):
-            scales[1] = _fit_factor(before * scales[0], after, half, second)
-            scales[0] = _fit_factor(before * scales[1], after, half, first)
-        return scales
+        # One slice along the first factor shows the second; then each is found from all that is known of the other.
+        axis = next(axis for axis in first if axis not in second)
+        others = tuple(other for other in range(before.ndim) if other not in first)
+        largest = np.abs(after).sum(axis=others, keepdims=True).argmax(axis=axis, keepdims=True)
+        slices = [np.take_along_axis(array, largest, axis=axis) for array in (before, after)]
+        scale = _least_squares(slices[0], slices[1], second)
+        for _ in range(2):
+            other_scale = _fit_factor(before * scale, after, half, first)
+            scale = _fit_factor(before * other_scale, after, half, second)
+        return [other_scale, scale]
 
 
 def _fit_factor(before: Doubles, after: Doubles, half: Doubles, axes: Factor) -> Doubles:

@@ -221,6 +221,16 @@ def test_conv_leaves_a_bias_alone_that_it_does_not_need():
     assert_passes(proto, affine, rng.normal(size=(1, 2, 5)), c=c)
 
 
+@pytest.mark.parametrize("op_type", ["Conv", "ConvTranspose", "Gemm", "MatMul"])
+def test_a_shift_leaves_the_weight_alone(op_type):
+    rng = np.random.default_rng(0)
+    shape = (2, 3) if op_type in ("Gemm", "MatMul") else (2, 3, 4)
+    proto = one_node(op_type, shape, [rng.normal(size=(3, 3, *shape[2:]))])
+    affine = random_affine(rng, 3).only_shift()
+    _, _, step = assert_passes(proto, affine, rng.normal(size=shape))
+    assert 1 not in step.rewrites[0].constants
+
+
 def convolve_transposed(proto, x):
     """The only node of a model, in torch: onnx.reference is wrong for several output channels per group."""
     arrays = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in proto.graph.initializer}

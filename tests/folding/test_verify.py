@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from pybn.folding import rules, runtime
+from pybn.folding import backward, runtime
 from pybn.folding.inputs import load_inputs, random_inputs
 from pybn.folding.onnx import fold_onnx
 from pybn.folding.runtime import CheckError
@@ -31,11 +33,11 @@ def check(proto, count=2, **options):
 def wrong(rule, change):
     """A rule whose weights are off by `change`."""
 
-    def changed(node, affine, facts):
-        step = rule(node, affine, facts)
-        constants = {i: change(i, array) for i, array in step.rewrite.constants.items()}
-        rewrite = rules.Rewrite(node, constants, step.rewrite.op_type, step.rewrite.dropped_attributes)
-        return rules.Step(rewrite, step.carry)
+    def changed(node, index, affine, facts):
+        step = rule(node, index, affine, facts)
+        (rewrite,) = step.rewrites
+        constants = {i: change(i, array) for i, array in rewrite.constants.items()}
+        return replace(step, rewrites=(replace(rewrite, constants=constants),))
 
     return changed
 
@@ -65,15 +67,15 @@ def test_right_folds_pass(make):
     ],
 )
 def test_a_wrong_rule_is_caught_and_named(monkeypatch, change):
-    monkeypatch.setitem(rules.BACKWARD, "Conv", wrong(rules.conv, change))
+    monkeypatch.setitem(backward.BACKWARD, "Conv", wrong(backward.conv, change))
     result = check(net_model())
     assert not result.passed
     assert [fold.folds for fold in result.folds if not fold.passed] == [("bn_n",)]
 
 
 def test_a_wrong_linear_rule_is_named_too(monkeypatch):
-    broken = wrong(rules.matmul, lambda i, array: array * np.float32(1.01))
-    monkeypatch.setitem(rules.BACKWARD, "MatMul", broken)
+    broken = wrong(backward.matmul, lambda i, array: array * np.float32(1.01))
+    monkeypatch.setitem(backward.BACKWARD, "MatMul", broken)
     result = check(net_model())
     assert [fold.folds for fold in result.folds if not fold.passed] == [("bn_y",)]
 
@@ -135,8 +137,8 @@ def test_chains_through_add_dropout_and_a_second_batch_norm(dtype):
     proto = model(nodes, constants, ["N", 3, 9], ["N", 4, 7], dtype=dtype)
     result = check(proto)
     assert result.passed
-    # The first batch norm is part of the second's chain.
-    assert [fold.folds for fold in result.folds] == [("bn_y",)]
+    # All three maps went into one convolution.
+    assert [fold.folds for fold in result.folds] == [("s", "bn_n", "bn_y")]
 
 
 def nested_model():
@@ -166,8 +168,8 @@ def test_fold_inside_a_subgraph_is_proven_by_itself(monkeypatch):
     assert result.passed
     assert [output.derived for output in result.outputs] == [False]
     # Even though no input takes the branch, a wrong fold in it is found.
-    broken = wrong(rules.conv_transpose, lambda i, array: array * np.float32(1.01))
-    monkeypatch.setitem(rules.BACKWARD, "ConvTranspose", broken)
+    broken = wrong(backward.conv_transpose, lambda i, array: array * np.float32(1.01))
+    monkeypatch.setitem(backward.BACKWARD, "ConvTranspose", broken)
     result = check(proto, inputs=[never])
     assert [fold.passed for fold in result.folds] == [False]
 
