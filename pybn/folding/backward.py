@@ -164,8 +164,8 @@ def dropout(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | R
     return Step(carries=((0, affine),))
 
 
-# Types, by name, that hold every value of another.
-_HOLDS = {
+# Types, by name, and those whose every value they hold.
+HOLDS = {
     "float16": {"float16"},
     "bfloat16": {"bfloat16"},
     "float32": {"float16", "bfloat16", "float32"},
@@ -176,9 +176,9 @@ _HOLDS = {
 def cast(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """Cast between floats, unless the map would be computed in a narrower type than it was."""
     before, after = facts.dtype(node.inputs[0]), facts.dtype(node.outputs[0])
-    if before is None or after is None or before.name not in _HOLDS:
+    if before is None or after is None or before.name not in HOLDS:
         return Refusal(Reason.NO_LINEAR_PRODUCER, f"it follows Cast, of {before} to {after}")
-    if after.name not in _HOLDS[before.name]:
+    if after.name not in HOLDS[before.name]:
         return Refusal(Reason.NARROWER_TYPE, f"before Cast it would be computed in {before.name}, not in {after.name}")
     return Step(carries=((0, affine),))
 

@@ -42,17 +42,6 @@ BFLOAT16_MAX = 13
 # Since opset 11 the bounds of Clip are inputs, since 12 it takes every type that Relu does but bfloat16, since 13 all.
 CLIP_WITH_INPUTS = {"Clip": 11, "Relu": 13}
 
-# Casts that change no value that the narrower type can hold.
-WIDENING_CASTS = frozenset(
-    {
-        ("float16", "float32"),
-        ("float16", "float64"),
-        ("bfloat16", "float32"),
-        ("bfloat16", "float64"),
-        ("float32", "float64"),
-    }
-)
-
 
 # Linear operators
 
@@ -478,7 +467,7 @@ def cast(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refu
     before, after = facts.dtype(node.inputs[0]), facts.dtype(node.outputs[0])
     if before is None or after is None:
         return Refusal(Reason.TYPE_MISMATCH, "the types of Cast are unknown")
-    if before != after and (before.name, after.name) not in WIDENING_CASTS:
+    if before.name not in backward.HOLDS.get(after.name, ()):
         # What comes before a map may be far larger than what comes after it.
         return Refusal(Reason.NARROWER_TYPE, f"Cast goes from {before.name} to {after.name}")
     return Step(carries=((0, affine),))
