@@ -1,8 +1,8 @@
 """Running models and single operators on the CPU, and timing models.
 
 onnxruntime runs what it has kernels for. The rest is run by ``onnx.reference``: convolutions in float64, and opsets
-before 7. Models in bfloat16, for which neither is of use, are run by onnxruntime with every operator in float32 and its
-result rounded to bfloat16, as hardware does that has the type.
+before 7. Models in bfloat16, for which neither is of use, are run by onnxruntime in float32: see
+`pybn.folding.widening`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.ops import op_conv_transpose as reference_ops
 
 from pybn.folding.affine import Array
 from pybn.folding.files import first_line
 from pybn.folding.report import Timing
-from pybn.folding.widening import bfloat16_names, in_float32, uses_bfloat16
+from pybn.folding.widening import in_float32, narrow_values, uses_narrow_types
 
 Feeds = dict[str, Array]
 
@@ -60,10 +60,10 @@ class Session:
     ) -> None:
         self._what = what
         self._names = [output.name for output in model.graph.output]
-        self._halves: set[str] = set()
-        if uses_bfloat16(model):
-            self._halves = bfloat16_names(model)
-            model = in_float32(model, self._halves)
+        self._narrow: dict[str, int] = {}
+        if uses_narrow_types(model):
+            self._narrow = narrow_values(model)
+            model = in_float32(model, self._narrow)
         self.is_onnxruntime = True
         self._session: ort.InferenceSession | ReferenceEvaluator
         try:
@@ -76,7 +76,7 @@ class Session:
 
     def run(self, feeds: Mapping[str, Array]) -> list[Any]:
         """Run the model; the outputs are in graph order."""
-        given = {name: array.astype(np.float32) if name in self._halves else array for name, array in feeds.items()}
+        given = {name: array.astype(np.float32) if name in self._narrow else array for name, array in feeds.items()}
         try:
             with np.errstate(all="ignore"):
                 results = list(self._session.run(self._names, given))
@@ -85,7 +85,7 @@ class Session:
             runtime = "onnxruntime" if self.is_onnxruntime else "onnx.reference"
             raise CheckError(f"{runtime} cannot run {self._what} on {shapes}: {first_line(error)}") from error
         return [
-            result.astype(ml_dtypes.bfloat16) if name in self._halves else result
+            result.astype(onnx.helper.tensor_dtype_to_np_dtype(self._narrow[name])) if name in self._narrow else result
             for name, result in zip(self._names, results, strict=True)
         ]
 
@@ -153,9 +153,25 @@ def _reference(model: onnx.ModelProto, what: str, folder: Path | None) -> Refere
         whole = onnx.ModelProto.FromString(model.SerializeToString())
         onnx.load_external_data_for_model(whole, str(folder))
     try:
-        return ReferenceEvaluator(whole)
+        return ReferenceEvaluator(whole, new_ops=[ConvTranspose])
     except Exception as error:  # the reference raises whatever its code does
         raise CheckError(f"neither onnxruntime nor onnx.reference can load {what}: {first_line(error)}") from error
+
+
+class ConvTranspose(reference_ops.ConvTranspose):
+    """ConvTranspose by groups; that of onnx 1.23's reference takes wrong weights and biases if there are several."""
+
+    op_domain = ""
+
+    def _run(self, *operands: Any, group: int = 1, **attributes: Any) -> Any:
+        x, weight, bias = (*operands, None)[:3]
+        biases = [None] * group if bias is None else np.split(bias, group)
+        of_one_group: Any = super()._run
+        parts = [
+            of_one_group(*group_operands, group=1, **attributes)[0]
+            for group_operands in zip(np.split(x, group, axis=1), np.split(weight, group), biases, strict=True)
+        ]
+        return (np.concatenate(parts, axis=1),)
 
 
 def _load_failure(error: Exception, what: str, ir_version: int) -> str:

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+import torch
 from fold_models import batch_norm, bn_node, model, value
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -194,16 +195,18 @@ def test_a_border_map_passes():
     assert check(*forward_pair([1, 1, 1, 1], border_map=True), fold_row("bn", "y")).passed
 
 
-def grouped_pair(order):
+def grouped_pair(order, dtype="float32"):
     rng = np.random.default_rng(2)
-    weight = rng.normal(size=(6, 2, 3, 3)).astype("float32")
-    parameters = batch_norm(rng, 4)
+    weight = rng.normal(size=(6, 2, 3, 3)).astype(dtype)
+    parameters = batch_norm(rng, 4, dtype)
     nodes = [node("ConvTranspose", "x w", "c", group=2), bn_node("c", "y")]
     a, b = affine_of(parameters)
-    before = model(nodes, {"w": weight, **parameters}, ["N", 6, 4, 4], [None] * 4)
+    before = model(nodes, {"w": weight, **parameters}, ["N", 6, 4, 4], [None] * 4, dtype=dtype)
     by_group = weight.reshape(2, 3, 2, 3, 3) * a.reshape((2, 2), order=order).reshape(2, 1, 2, 1, 1)
-    arrays = {"w": by_group.reshape(weight.shape).astype("float32"), "c": b.astype("float32")}
-    return before, model([node("ConvTranspose", "x w c", "y", group=2)], arrays, ["N", 6, 4, 4], [None] * 4)
+    arrays = {"w": by_group.reshape(weight.shape).astype(dtype), "c": b.astype(dtype)}
+    return before, model(
+        [node("ConvTranspose", "x w c", "y", group=2)], arrays, ["N", 6, 4, 4], [None] * 4, dtype=dtype
+    )
 
 
 def test_a_grouped_transposed_convolution_scaled_on_the_wrong_axis_is_caught():
@@ -310,6 +313,31 @@ def test_every_type_is_held_to_its_own_precision(dtype, bound):
     # onnxruntime cannot convolve in float64; how long onnx.reference takes says nothing.
     assert (result.timing is None) == (dtype == "float64")
     assert not check(*typed_pair(dtype, off=1 + 4 * bound), count=1).passed
+
+
+def test_float16_where_kernels_would_sum_in_float16(monkeypatch):
+    monkeypatch.setattr("pybn.folding.widening.NARROW", {onnx.TensorProto.FLOAT16})
+    result = check(*typed_pair("float16"), fold_row("bn", "n"))
+    assert result.passed
+    assert all(0 < fold.error <= fold.bound < 0.2 for fold in result.folds)
+    assert failures(check(*typed_pair("float16", off=1.5), fold_row("bn", "n"))) == [("n", ("bn",))]
+
+
+def test_grouped_transposed_convolutions_in_float64():
+    before, after = grouped_pair("C", "float64")
+    result = check(before, after, fold_row("bn", "y"))
+    assert result.passed
+    assert all(0 < fold.bound < 1e-12 for fold in result.folds)
+    # And they are what torch computes.
+    rng = np.random.default_rng(0)
+    arrays = {"w": rng.normal(size=(6, 2, 3, 3)), "b": rng.normal(size=4)}
+    x = rng.normal(size=(2, 6, 4, 4))
+    conv = node("ConvTranspose", "x w b", "y", group=2)
+    session = runtime.Session(model([conv], arrays, x.shape, [None] * 4, dtype="float64"), "the model")
+    assert not session.is_onnxruntime
+    tensors = [torch.from_numpy(array) for array in (x, *arrays.values())]
+    expected = torch.nn.functional.conv_transpose2d(*tensors, groups=2).numpy()
+    np.testing.assert_allclose(session.run({"x": x})[0], expected, rtol=1e-10, atol=1e-12)
 
 
 def test_parameters_in_another_type_than_the_data():
