@@ -7,6 +7,7 @@ errors are relative to it, not to the value itself, in which terms may cancel.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -53,7 +54,9 @@ class ConvTranspose(OpRun):
             list(given or [default] * dims) for given, default in ((strides, 1), (dilations, 1), (output_padding, 0))
         )
         convolve = getattr(torch.nn.functional, f"conv_transpose{dims}d")
-        full = convolve(torch.tensor(x), torch.tensor(w), None, stride=strides, groups=group, dilation=dilations)
+        full = convolve(
+            torch.tensor(x.copy()), torch.tensor(w.copy()), None, stride=strides, groups=group, dilation=dilations
+        )
         sizes = [size + more for size, more in zip(full.shape[2:], extra, strict=True)]
         wanted = output_shape
         if auto_pad in ("SAME_UPPER", "SAME_LOWER"):
@@ -246,7 +249,7 @@ def retyped(model: onnx.ModelProto, dtype: str) -> onnx.ModelProto:
         name
         for nodes in node_lists(result)
         for node in nodes
-        for name in (node.input[1:3] if node.op_type == "Resize" else node.input[1:2] if _is_dequantize(node) else [])
+        for name in node.input[1 : {"Resize": 3, "Upsample": 2, "DequantizeLinear": 2}.get(node.op_type, 0)]
     }
     for item in constants(result):
         if item.data_type in FLOATS and item.name not in kept:
@@ -262,10 +265,6 @@ def retyped(model: onnx.ModelProto, dtype: str) -> onnx.ModelProto:
                 if node.op_type == "Cast" and item.i in FLOATS:
                     item.i = code
     return result
-
-
-def _is_dequantize(node: onnx.NodeProto) -> bool:
-    return node.op_type == "DequantizeLinear"
 
 
 def majorant(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -357,6 +356,15 @@ def _majorant_normalization(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     ]
 
 
+@contextlib.contextmanager
+def explained(model: onnx.ModelProto, result: FoldResult) -> Iterator[None]:
+    """Add the graphs to the message of a failure inside."""
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{error}{describe(model, result)}") from None
+
+
 # What must hold
 
 
@@ -375,10 +383,8 @@ def survive(model: onnx.ModelProto, feeds: Feeds, *, aggressive: bool = False) -
     content = result.model.SerializeToString(deterministic=True)
     onnx.checker.check_model(result.model, full_check=True)
     assert_same_interface(model, result.model)
-    try:
+    with explained(model, result):
         assert_same_values(model, result.model, feeds)
-    except AssertionError as error:
-        raise AssertionError(f"{error}{describe(model, result)}") from None
     assert_report_is_complete(model, result)
     reread = onnx.ModelProto.FromString(content)
     assert fold(reread, aggressive).model.SerializeToString(deterministic=True) == content, "not idempotent"
@@ -448,8 +454,9 @@ def survive_rounding(model: onnx.ModelProto, feeds: Feeds, dtype: str, *, aggres
     exact = {name: array.astype("float64") if array.dtype.kind == "f" else array for name, array in feeds.items()}
     roundings = 2 * sum(len(nodes) for nodes in node_lists(narrow))
     largest = max((np.abs(array).max(initial=1) for array in exact.values()), default=1)
-    assert_same_values(*wide, exact, roundings * UNIT[dtype] * 1.01, 1e3 * SUBNORMAL[dtype] * largest)
-    survive_check(narrow, result, feeds, dtype)
+    with explained(narrow, result):
+        assert_same_values(*wide, exact, roundings * UNIT[dtype] * 1.01, 1e3 * SUBNORMAL[dtype] * largest)
+        survive_check(narrow, result, feeds, dtype)
     return result
 
 
@@ -468,7 +475,8 @@ def survive_check(narrow: onnx.ModelProto, result: FoldResult, feeds: Feeds, dty
         if "the original model" in str(error) or "IR version" in str(error):
             return None
         raise
-    assert check.passed, check
+    failed = [item for item in (*check.folds, *check.outputs) if not item.passed]
+    assert check.passed, failed
     return check
 
 
