@@ -7,7 +7,6 @@ hypothesis, so that a failure shrinks; the numbers come from a generator with a 
 from __future__ import annotations
 
 import math
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +25,8 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 
 def examples(share: float) -> settings:
-    """A share of the examples that the profile asks for: each of these costs as much as dozens of arrays."""
-    return settings(max_examples=max(5, round(settings().max_examples * share)))
+    """A share of the examples that the profile asks for: each costs as much as dozens of small arrays."""
+    return settings(max_examples=max(3, round(settings().max_examples * share)))
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,9 @@ class Case:
 class Net:
     """A graph under construction, which knows the type and shape of all its values."""
 
-    def __init__(self, draw: Draw, since: int = 7, prefix: str = "") -> None:
+    def __init__(self, draw: Draw, since: int = 7, until: int = NEWEST, prefix: str = "") -> None:
         self.draw = draw
-        self.opset = draw(st.integers(since, NEWEST))
+        self.opset = draw(st.integers(since, until))
         self.rng = np.random.default_rng(draw(st.integers(0, 2**20)))
         self.prefix = prefix
         self.nodes: list[onnx.NodeProto] = []
@@ -220,7 +219,9 @@ def window(net: Net, size: Sequence[int], *, padding: str = "any", dilated: bool
     # At opset 7 to 9 the same as ever; auto_pad excludes explicit pads.
     auto = draw(st.sampled_from(["NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"] if padding == "any" else ["NOTSET"]))
     kernel = [draw(st.integers(1, min(3, s))) for s in size]
-    dilations = [draw(st.integers(1, 2)) if dilated and 2 * (k - 1) < s else 1 for k, s in zip(kernel, size, strict=True)]
+    dilations = [
+        draw(st.integers(1, 2)) if dilated and 2 * (k - 1) < s else 1 for k, s in zip(kernel, size, strict=True)
+    ]
     if auto.startswith("SAME"):
         dilations = [1] * dims
     attributes = {"kernel_shape": kernel, "strides": [draw(st.integers(1, 2)) for _ in size]}
@@ -329,7 +330,9 @@ def prelu(net: Net, x: str) -> str:
 
 def clip(net: Net, x: str) -> str:
     """Clip with both bounds, one, or none; attributes before opset 11."""
-    low, high = net.draw(st.sampled_from([(0.0, 6.0), (-0.5, 0.5), (None, 1.0), (-1.0, None), (0.25, 2.0), (None, None)]))
+    low, high = net.draw(
+        st.sampled_from([(0.0, 6.0), (-0.5, 0.5), (None, 1.0), (-1.0, None), (0.25, 2.0), (None, None)])
+    )
     arrays = [None if bound is None else np.array(bound) for bound in (low, high)]
     return net.since(11, "Clip", x, {"min": low, "max": high}, arrays)
 
@@ -354,14 +357,25 @@ def global_max_pool(net: Net, x: str) -> str:
     return net.node("GlobalMaxPool", x)
 
 
-def reduce_mean(net: Net, x: str) -> str:
-    """The mean over some of the spatial axes, which keep their place or go."""
+def upsample(net: Net, x: str) -> str:
+    """What Resize was up to opset 9."""
+    scales = [1.0, 1.0, *(net.draw(st.sampled_from([1.0, 2.0, 3.0])) for _ in net.shape(x)[2:])]
+    return net.since(9, "Upsample", x, {"scales": scales}, [np.array(scales, "float32")], mode="nearest")
+
+
+def instance_normalization(net: Net, x: str) -> str:
+    channels = net.shape(x)[1]
+    return net.node("InstanceNormalization", x, net.normal(channels), net.normal(channels), epsilon=1e-3)
+
+
+def reduce(net: Net, x: str, op_type: str = "ReduceMean") -> str:
+    """The mean, or an extreme, over some of the spatial axes, which keep their place or go."""
     rank = net.rank(x)
     axes = net.draw(st.lists(st.sampled_from(range(2, rank)), min_size=1, unique=True)) if rank > 2 else [0]
     if net.opset >= 11 and net.draw(st.booleans()):
         axes = [axis - rank for axis in axes]
     keep = 1 if rank == 2 else net.draw(st.integers(0, 1))
-    return net.since(18, "ReduceMean", x, {"axes": axes}, [np.array(axes)], keepdims=keep)
+    return net.since(18, op_type, x, {"axes": axes}, [np.array(axes)], keepdims=keep)
 
 
 def resize(net: Net, x: str) -> str:
