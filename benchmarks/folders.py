@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from zoo import FULL, SMALL
 from zoo.leftovers import leftovers
-from zoo.packaged import SHAPES, packaged
-from zoo.running import feeds, run
+from zoo.packaged import inputs, packaged
+from zoo.running import run
 
 # Beyond this error, relative to the largest output, a model computes something else: it is not merely rounded.
 WRONG = 1e-3
@@ -170,10 +170,10 @@ class Outcome:
         return f"{self.batch_norms}/{self.affines} ({wrong}{self.error:.0e})"
 
 
-def judge(tool: str, path: Path, shape: Sequence[int] | None, *, check: bool) -> Outcome:
+def judge(tool: str, path: Path, name: str, *, check: bool) -> Outcome:
     """Fold a model and compare the result with it; `check` is for pybn."""
     original = onnx.load(path)
-    inputs = feeds(original, shape, batch=1)
+    fed = inputs(name, original)
     start = time.perf_counter()
     try:
         folded = TOOLS[tool].fold(path)
@@ -182,28 +182,28 @@ def judge(tool: str, path: Path, shape: Sequence[int] | None, *, check: bool) ->
     seconds = time.perf_counter() - start
     left = leftovers(folded)
     try:
-        expected, actual = run(original, inputs), run(folded, inputs)
+        expected, actual = run(original, fed), run(folded, fed)
     except Exception as error:
         return Outcome("invalid", left.batch_norms, left.affines, seconds=seconds, detail=first_line(error))
     error = max(map(relative_error, actual, expected))
     bound, passed, detail = None, None, ""
     if check and TOOLS[tool].package == "pybn":
         try:
-            bound, passed = own_check(original, tool, inputs, expected)
+            bound, passed = own_check(original, tool, fed, expected)
         except Exception as problem:
             passed, detail = False, f"its check: {type(problem).__name__}: {first_line(problem)}"
     return Outcome("ok", left.batch_norms, left.affines, error, bound, passed, seconds, detail)
 
 
 def own_check(
-    original: onnx.ModelProto, tool: str, inputs: dict[str, Any], expected: list[Any]
+    original: onnx.ModelProto, tool: str, fed: dict[str, Any], expected: list[Any]
 ) -> tuple[float | None, bool]:
     """Have pybn's own check judge its fold; the bound is that of the output with the largest."""
     from pybn.folding import fold_onnx
     from pybn.folding.verify import verify
 
     result = fold_onnx(original, aggressive=True) if tool == "pybn-aggressive" else fold_onnx(original)
-    check = verify(original, result.model, result.report, [inputs])
+    check = verify(original, result.model, result.report, [fed])
     scales = [float(np.abs(array).max(initial=0.0)) or 1.0 for array in expected]
     bounds = [output.bound / scale for output, scale in zip(check.outputs, scales, strict=True) if output.bound]
     return max(bounds, default=None), check.passed
@@ -284,7 +284,7 @@ def compare(
             row: dict[str, Any] = {"bytes": path.stat().st_size, "original": original, "tools": {}}
             for tool in tools:
                 progress(f"[{number}/{len(names)}] {name}: {tool}")
-                found = ask("judge", tool, path, {"shape": SHAPES.get(name), "check": check}, limit=limit)
+                found = ask("judge", tool, path, {"name": name, "check": check}, limit=limit)
                 outcome = found if isinstance(found, Outcome) else Outcome(**found)
                 row["tools"][tool] = asdict(outcome)
                 progress(f"[{number}/{len(names)}] {name}: {tool}: {outcome} {outcome.detail}", end="\n")
@@ -445,7 +445,9 @@ def serve(what: str, name: str, path: Path, option: Any) -> None:
             onnx.save(model, path)
             answer: Any = leftovers(model)
         else:
-            answer = judge(name, path, **option) if what == "judge" else measure(name, path)
+            answer = (
+                judge(name, path, option["name"], check=option["check"]) if what == "judge" else measure(name, path)
+            )
     print(json.dumps(asdict(answer)))
 
 

@@ -21,6 +21,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from zoo.net import Array
+from zoo.running import feeds
 
 LIGHT = {
     "DenseNet-121": "light_densenet121.onnx",
@@ -33,28 +34,41 @@ OCR = {
     "PP-OCRv4 recogniser": "ch_PP-OCRv4_rec_infer.onnx",
     "PP-OCRv2 classifier": "ch_ppocr_mobile_v2.0_cls_infer.onnx",
 }
-# Shapes for the inputs of those whose declared ones are dynamic: what their preprocessing makes of an image.
-SHAPES = {
-    "PP-OCRv4 detector": (1, 3, 96, 160),
-    "PP-OCRv4 recogniser": (1, 3, 48, 160),
-    "PP-OCRv2 classifier": (1, 3, 48, 192),
+# Heights and widths of the images they read: their inputs are dynamic.
+OCR_IMAGES = {
+    "PP-OCRv4 detector": (96, 160),
+    "PP-OCRv4 recogniser": (48, 160),
+    "PP-OCRv2 classifier": (48, 192),
 }
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def packaged() -> dict[str, Callable[[], onnx.ModelProto]]:
     """Return a function for each model that is there, by name."""
-    examples = Path(__file__).parents[2] / "examples"
     models: dict[str, Callable[[], onnx.ModelProto]] = {}
     for name, file in LIGHT.items():
         path = Path(onnx.__file__).parent / "backend/test/data/light" / file
         models[f"light {name}"] = partial(onnx.load, path)
         models[f"light {name}, drawn"] = partial(drawn, path)
-    models["MNIST CNN"] = partial(onnx.load, examples / "mnist_cnn.onnx")
+    models["MNIST CNN"] = partial(onnx.load, EXAMPLES / "mnist_cnn.onnx")
     rapidocr = find_spec("rapidocr_onnxruntime")
     if rapidocr is not None and rapidocr.origin is not None:
         folder = Path(rapidocr.origin).parent / "models"
         models |= {name: partial(onnx.load, folder / file) for name, file in OCR.items()}
     return models
+
+
+def inputs(name: str, model: onnx.ModelProto) -> dict[str, Array]:
+    """Return what to run a model of the zoo on: random numbers, and for those that read text an image of digits."""
+    if name not in OCR_IMAGES:
+        return feeds(model, batch=1)
+    height, width = OCR_IMAGES[name]
+    image = np.ones((1, 3, height, width), np.float32)
+    with np.load(EXAMPLES / "mnist_test.npz") as examples:
+        digits = np.concatenate(list(examples["image"][: width // 28, 0]), axis=1) / np.float32(255)
+    top = (height - digits.shape[0]) // 2
+    image[:, :, top : top + digits.shape[0], : digits.shape[1]] -= 2 * digits
+    return {model.graph.input[0].name: image}
 
 
 def drawn(path: Path) -> onnx.ModelProto:

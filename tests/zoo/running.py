@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -12,11 +12,8 @@ from onnx import helper
 from zoo.net import Array
 
 
-def feeds(model: onnx.ModelProto, shape: Sequence[int] | None = None, batch: int = 2) -> dict[str, Array]:
-    """Draw a value for every input: standard normal, or any byte; so many samples if the batch size is free.
-
-    `shape` is for models with an input whose other sizes are free, too.
-    """
+def feeds(model: onnx.ModelProto, batch: int = 2) -> dict[str, Array]:
+    """Draw a value for every input: standard normal, or any byte; so many samples if the batch size is free."""
     rng = np.random.default_rng(0)
     defaults = {tensor.name for tensor in model.graph.initializer}
     drawn: dict[str, Array] = {}
@@ -24,7 +21,7 @@ def feeds(model: onnx.ModelProto, shape: Sequence[int] | None = None, batch: int
         if info.name in defaults:
             continue
         tensor = info.type.tensor_type
-        sizes = shape or [dim.dim_value or batch for dim in tensor.shape.dim]
+        sizes = [dim.dim_value or batch for dim in tensor.shape.dim]
         if tensor.elem_type == onnx.TensorProto.UINT8:
             drawn[info.name] = rng.integers(0, 256, sizes, dtype=np.uint8)
         else:

@@ -13,7 +13,7 @@ from pybn.folding import fold_onnx, runtime
 from pybn.folding.verify import verify
 from zoo import FULL, SMALL
 from zoo.leftovers import Leftovers, leftovers
-from zoo.packaged import SHAPES, packaged
+from zoo.packaged import packaged
 from zoo.running import feeds, run
 
 # As published, in millions, with 1000 classes. Inception without its auxiliary classifier.
@@ -96,7 +96,7 @@ def test_nothing_is_left_that_can_be_folded(name, aggressive):
 def test_computes_what_it_did(name, aggressive):
     model, folded = build(name), fold(name, aggressive).model
     onnx.checker.check_model(folded)
-    inputs = feeds(model, SHAPES.get(name))
+    inputs = feeds(model)
     for actual, expected in zip(run(folded, inputs), run(model, inputs), strict=True):
         assert np.abs(actual - expected).max() <= 2e-5 * np.abs(expected).max()
 
@@ -107,7 +107,7 @@ def test_every_fold_is_within_its_bound(name, aggressive):
     result = fold(name, aggressive)
     if aggressive and result.model == fold(name, False).model:
         return  # that has been judged already
-    check = verify(build(name), result.model, result.report, [feeds(build(name), SHAPES.get(name))])
+    check = verify(build(name), result.model, result.report, [feeds(build(name))])
     assert not [found for found in check.folds if not found.passed]
     assert check.passed
 
