@@ -189,10 +189,13 @@ def _types_disagree(source: Source) -> Refusal | None:
 
 
 def _explain(refusals: list[Refusal]) -> Refusal:
-    """Join why the map can go neither backward nor forward; the reason is the first one's."""
+    """Join why the map can go neither backward nor forward. The reason is that of the way back, if there is one."""
     if len(refusals) < 2:
         return refusals[0] if refusals else Refusal(Reason.NO_GAIN, "no work would be saved")
     first, second = refusals[:2]
-    return Refusal(
-        first.reason, f"{first.detail}; {'else' if first.reason is Reason.NO_GAIN else 'forward'}, {second.detail}"
-    )
+    words = "else" if first.reason is Reason.NO_GAIN else "forward"
+    nowhere = (Reason.NO_LINEAR_CONSUMER, Reason.FOREIGN_DOMAIN, Reason.GRAPH_OUTPUT)
+    reason = first.reason
+    if first.reason is Reason.NO_LINEAR_PRODUCER and second.reason not in nowhere:
+        reason = second.reason
+    return Refusal(reason, f"{first.detail}; {words}, {second.detail}")

@@ -78,6 +78,7 @@ class _Engine:
         _require_names("only", options.only, (self._origins[node].name for node in affine))
         _require_names("skip", options.skip, (origin.name for origin in self._origins.values()))
         self._frozen = {node for node, origin in self._origins.items() if origin.name in options.skip}
+        self._folded: list[_Origin] = []
         self._waiting = set(affine)
         self._total = len(affine)
 
@@ -152,12 +153,13 @@ class _Engine:
         kept = [moved.get(item, item) for item in kept]
         # Where an earlier fold had its effect on a value that changes now, this one has it, too.
         gone = {output, *plan.changed}
-        for origin in self._origins.values():
-            if any(item in gone for item in origin.outputs):
-                origin.outputs = [item for item in origin.outputs if item not in gone] + kept
-            origin.outputs = [moved.get(item, item) for item in origin.outputs]
+        for earlier in self._folded:
+            if any(item in gone for item in earlier.outputs):
+                earlier.outputs = [item for item in earlier.outputs if item not in gone] + kept
+            earlier.outputs = [moved.get(item, item) for item in earlier.outputs]
         if record is not None:
             record.outputs += [item for item in kept if item not in record.outputs]
+            self._folded.append(record)
         if choice.rest is not None:
             self._editor.replace(node, choice.rest.op_type, source.data, choice.rest.constant)
         else:

@@ -301,6 +301,9 @@ def _batch_norm_with(source: Source, affine: Affine, facts: Facts) -> Rewrite:
     assert beta is not None
     assert mean is not None
     assert variance is not None
+    data = facts.dtype(node.inputs[0])
+    if data is not None and data.itemsize > min(gamma.itemsize, beta.itemsize):
+        raise FoldError(Reason.NARROWER_TYPE, f"the parameters are {gamma.dtype}, the data {data}")
     epsilon = float(attribute(node, "epsilon", DEFAULT_EPSILON))
     total = affine.over(gamma.size, 1)
     with np.errstate(over="ignore", invalid="ignore"):  # round_to reports what is not finite

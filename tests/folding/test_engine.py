@@ -414,3 +414,12 @@ def test_an_ir_model_is_left_untouched():
     before = ir.to_proto(graph).SerializeToString(deterministic=True)
     assert fold_onnx(graph, aggressive=True).report.folds
     assert ir.to_proto(graph).SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("op_type", ["Mul", "Add"])
+def test_parameters_narrower_than_the_data_take_up_nothing(op_type):
+    """Since opset 15 they may be: a product of a float64 and a float32 would lose half of its digits there."""
+    narrow = {name: array.astype("float32") for name, array in parameters(3).items()}
+    nodes = node("Sigmoid", "x", "s"), node(op_type, "s k", "m"), bn_node("m", "y")
+    proto = network(*nodes, constants={"k": np.float64(1.1), **narrow})
+    assert kinds(fold(proto)) == ["Sigmoid", op_type, "BatchNormalization"]
