@@ -83,23 +83,25 @@ class _Engine:
         self._total = len(affine)
 
     def run(self) -> FoldReport:
-        # Trades come last, when all that is free has been had.
-        for trades in (False, True) if self._options.aggressive else (False,):
-            while self._pass(trades=trades):
+        # Maps go into linear operators first: the bias of a linear layer that merged into a batch norm
+        # would keep it there. Trades come last, when all that is free has been had.
+        stages = ((False, False), (True, False), (True, True))
+        for merges, trades in stages if self._options.aggressive else stages[:2]:
+            while self._pass(merges=merges, trades=trades):
                 # What has been folded may prove what was unknown. Folding the result again has to find
                 # nothing, so this goes on until a pass that starts from the model as it is finds nothing.
                 self._facts = Facts(self._model)
         rows = [row for origin in self._origins.values() if (row := self._row(origin)) is not None]
         return FoldReport(tuple(rows))
 
-    def _pass(self, *, trades: bool) -> bool:
+    def _pass(self, *, merges: bool, trades: bool) -> bool:
         """Try to fold every affine node once. In graph order, what is upstream has settled before."""
         folded = False
         for node in [node for scope in scopes(self._model) for node in scope.graph]:
             # A Constant may have gone with what used it.
             found = None if node.graph is None else sources.read(node, self._facts)
             if found is not None:
-                folded = self._fold(node, found, trades=trades) or folded
+                folded = self._fold(node, found, merges=merges, trades=trades) or folded
                 self._tell(node)
         return folded
 
@@ -109,7 +111,7 @@ class _Engine:
             self._waiting.remove(node)
             self._options.progress(self._total - len(self._waiting), self._total)
 
-    def _fold(self, node: ir.Node, found: Source | Refusal, *, trades: bool) -> bool:
+    def _fold(self, node: ir.Node, found: Source | Refusal, *, merges: bool, trades: bool) -> bool:
         """Fold one node, or note why not."""
         origin = self._origins.get(node)
         name = origin.name if origin is not None else display_name(node)
@@ -125,6 +127,8 @@ class _Engine:
         choice, refusal = choose(found, self._facts, self._frozen, whole=not tradable, sufficient=1)
         if choice is None or (choice.gain < 1 and not (trades and tradable)):
             self._leave(origin, refusal, choice.describe() if choice is not None and tradable else None)
+            return False
+        if not merges and any(isinstance(sources.read(end, self._facts), Source) for end in choice.plan.absorbers):
             return False
         self._commit(found, choice)
         return True

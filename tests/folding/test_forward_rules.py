@@ -1009,3 +1009,20 @@ def test_a_matmul_becomes_gemm_where_its_shift_would_cost_more_further_on():
         folded = fold_onnx(proto, aggressive=aggressive).model
         assert operators(folded) == ["Gemm", "Relu", "MatMul"]
         np.testing.assert_allclose(reference(folded, x=x)[0], reference(proto, x=x)[0], rtol=0, atol=1e-12)
+
+
+def test_a_batch_norm_after_a_linear_layer_of_sequences_goes_into_it():
+    # The bias could merge into the batch norm instead, which would then stay.
+    rng = np.random.default_rng(0)
+    constants = {"w": rng.normal(size=(5, 4)), "k": rng.normal(size=4), **batch_norm(rng, 4, "float64")}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"]),
+        helper.make_node("Add", ["k", "m"], ["a"]),
+        helper.make_node("Transpose", ["a"], ["t"], perm=[0, 2, 1]),
+        bn_node("t", "y"),
+    ]
+    proto = model(nodes, constants, ["N", 6, 5], ["N", 4, 6], dtype="float64")
+    folded = fold_onnx(proto).model
+    assert operators(folded) == ["MatMul", "Add", "Transpose"]
+    x = rng.normal(size=(2, 6, 5))
+    np.testing.assert_allclose(reference(folded, x=x)[0], reference(proto, x=x)[0], rtol=0, atol=1e-12)
