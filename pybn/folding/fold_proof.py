@@ -71,11 +71,14 @@ class SegmentProof:
         What to prove.
     folds : sequence of str
         Names of the folds that changed it.
+    sums_in_float32 : bool
+        Whether what ran the original sums products of 16-bit numbers in float32.
     """
 
-    def __init__(self, segment: Segment, folds: Sequence[str]) -> None:
+    def __init__(self, segment: Segment, folds: Sequence[str], *, sums_in_float32: bool) -> None:
         self.segment = segment
         self._folds = tuple(folds)
+        self._sums_in_float32 = sums_in_float32
         self._folded = Evaluator(segment.folded)
         self._majorants: tuple[Majorants, Majorants] | None = None
         self._unit = 0.0
@@ -126,7 +129,7 @@ class SegmentProof:
 
     def _relative(self, known: Majorant) -> float:
         accumulated = self._unit
-        if self._folded.is_onnxruntime:
+        if self._sums_in_float32 and self._folded.is_onnxruntime:
             accumulated = min(self._unit, PRECISION["float32"][0])
         sums, others = gamma(known.products, accumulated), gamma(known.others, self._unit)
         relative = sums + others + sums * others
@@ -134,9 +137,10 @@ class SegmentProof:
 
     def _make_majorants(self, activations: Mapping[str, Array], expected: Array) -> tuple[Majorants, Majorants]:
         arrays = [activations[name] for name in self.segment.entries]
+        types = {array.dtype.name for array in (*arrays, expected) if is_float(array)}
         for expression in (self.segment.original, self.segment.folded):
-            arrays += [constant_array(value) for value in expression.constants]
-        types = {array.dtype.name for array in (*arrays, expected) if is_float(array)} or {"float32"}
+            types |= _types_inside(expression)
+        types = types & PRECISION.keys() or {"float32"}
         self._unit = max(PRECISION[name][0] for name in types)
         narrow = bool(types & {"float16", "bfloat16"})
         original, folded = (
@@ -169,6 +173,13 @@ class SegmentProof:
     def _keep_worst(self, ratio: float, found: FoldCheck) -> None:
         if ratio > self._worst_ratio:
             self._worst_ratio, self._worst = ratio, found
+
+
+def _types_inside(expression: Expression) -> set[str]:
+    """Return the types of the constants of an expression, and those that it casts to."""
+    casts = (node for node in expression.nodes if node.op_type == "Cast" and not node.attributes["to"].is_ref())
+    types = {ir.DataType(node.attributes["to"].as_int()).numpy().name for node in casts}
+    return types | {constant_array(value).dtype.name for value in expression.constants}
 
 
 def _narrowed(array: Array, dtype: np.dtype[Any]) -> Array:

@@ -48,6 +48,8 @@ class Session:
         Whether onnxruntime may rewrite it first.
     folder : path, optional
         Where its external data is.
+    arena : bool
+        Whether onnxruntime may keep memory from one run to the next, which is faster.
 
     Attributes
     ----------
@@ -56,7 +58,13 @@ class Session:
     """
 
     def __init__(
-        self, model: onnx.ModelProto, what: str, *, optimise: bool = False, folder: Path | None = None
+        self,
+        model: onnx.ModelProto,
+        what: str,
+        *,
+        optimise: bool = False,
+        folder: Path | None = None,
+        arena: bool = False,
     ) -> None:
         self._what = what
         self._names = [output.name for output in model.graph.output]
@@ -67,7 +75,7 @@ class Session:
         self.is_onnxruntime = True
         self._session: ort.InferenceSession | ReferenceEvaluator
         try:
-            self._session = _onnxruntime(model, optimise, folder)
+            self._session = _onnxruntime(model, optimise, folder, arena)
         except Exception as error:  # onnxruntime raises a class of its own per failure
             if type(error).__name__ != "NotImplemented":
                 raise CheckError(_load_failure(error, what, model.ir_version)) from error
@@ -134,9 +142,11 @@ def model_of(
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8)
 
 
-def _onnxruntime(model: onnx.ModelProto, optimise: bool, folder: Path | None) -> ort.InferenceSession:
+def _onnxruntime(model: onnx.ModelProto, optimise: bool, folder: Path | None, arena: bool) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    # An arena keeps the most that a session ever used; a check has a session for every operator of a fold.
+    options.enable_cpu_mem_arena = arena
     # Idle threads of one session would spin on the cores that another is being timed on.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if folder is not None:
@@ -191,7 +201,7 @@ def time_models(
     None if onnxruntime has no kernels for them: how long the reference takes means nothing.
     """
     sessions = [
-        Session(model, "the model", optimise=optimise, folder=folder)
+        Session(model, "the model", optimise=optimise, folder=folder, arena=True)
         for optimise in (False, True)
         for model, folder in zip(models, folders, strict=True)
     ]

@@ -154,16 +154,18 @@ class _Comparison:
             found = segments(*graphs)
         except DifferentInterface as error:
             raise CheckError(str(error)) from error
-        proofs = [SegmentProof(segment, _folds_behind(segment, report)) for segment in found]
-        self._visible = [proof for proof in proofs if proof.segment.scope.is_main]
-        self._inside = [proof for proof in proofs if not proof.segment.scope.is_main]
-        self._proofs = proofs
         self._names = [output.name for output in before.proto.graph.output]
-        self._seen = _visible_names(proofs, graphs[0])
+        self._seen = _visible_names(found, graphs[0])
         self._exposed = Session(
             expose(before.changed(graphs[0]), self._seen), "the original model", folder=before.folder
         )
         self._folded = after.session("the folded model")
+        self._proofs = [
+            SegmentProof(segment, _folds_behind(segment, report), sums_in_float32=self._exposed.is_onnxruntime)
+            for segment in found
+        ]
+        self._visible = [proof for proof in self._proofs if proof.segment.scope.is_main]
+        self._inside = [proof for proof in self._proofs if not proof.segment.scope.is_main]
         self._probe = Probe(lambda: after.changed(graphs[1]), after.folder)
         self._optimised = [
             model.session(f"the {what} model, optimised", optimise=True)
@@ -239,14 +241,14 @@ def _folds_behind(segment: Segment, report: FoldReport) -> tuple[str, ...]:
     return tuple(fold.name for fold in report.folds if fold.graph == graph and name in fold.outputs)
 
 
-def _visible_names(proofs: Sequence[SegmentProof], original: ir.Model) -> list[str]:
-    """Return the values of the main graph that the proofs need, in a fixed order."""
+def _visible_names(found: Sequence[Segment], original: ir.Model) -> list[str]:
+    """Return the values of the main graph that the segments start from and end in, in a fixed order."""
     graph = original.graph
     names = {value.name for value in (*graph.inputs, *graph.initializers.values())}
     names |= {value.name for node in graph for value in node.outputs}
     needed: dict[str, None] = {}
-    for proof in proofs:
-        needed |= dict.fromkeys((*proof.segment.entries, proof.segment.name))
+    for segment in found:
+        needed |= dict.fromkeys((*segment.entries, segment.name))
     return [name for name in needed if name in names]
 
 
