@@ -205,7 +205,7 @@ def _nested(graph: Any) -> Iterator[onnx.GraphProto]:
 
 
 def node_lists(model: onnx.ModelProto) -> Iterator[Any]:
-    """Every list of nodes, of graphs, subgraphs and local functions, outer ones first: they may be replaced meanwhile."""
+    """Every list of nodes, of graphs, subgraphs and functions, outer ones first; they may be replaced meanwhile."""
     for graph in (model.graph, *model.functions):
         yield from (inside.node for inside in _nested(graph))
 
