@@ -48,6 +48,10 @@ def reshaped(affine: Affine, before: Dims, after: Dims) -> Affine | None:
     back = _common_prefix(before[front:][::-1], after[front:][::-1])
     if axis >= len(before) - back:
         return affine.along(axis + len(after) - len(before))
+    # Channels that are all the same are along any axis: what comes next may choose.
+    everywhere = _everywhere(affine)
+    if everywhere is not None:
+        return everywhere
     inner = _product(before[axis + 1 : len(before) - back])
     if inner is not None and before[axis] == affine.scale.size:
         for target in range(front, len(after) - back):
@@ -56,7 +60,7 @@ def reshaped(affine: Affine, before: Dims, after: Dims) -> Affine | None:
                 moved = _onto_axis(affine, inner, size, target_inner)
                 if moved is not None:
                     return moved.along(target)
-    return _everywhere(affine)
+    return None
 
 
 def _onto_axis(affine: Affine, inner: int, size: int, target_inner: int) -> Affine | None:

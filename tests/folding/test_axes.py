@@ -304,3 +304,12 @@ def test_a_channel_that_an_expand_makes_many_of_is_the_same_everywhere():
     proto = one_node("Expand", (2, 1, 3), {"shape": [2, 5, 3]})
     moved = ask(proto, "forward", Affine(np.array([2.0]), np.array([3.0]), 1))
     assert (moved.axis, moved.scale.tolist(), moved.shift.tolist()) == (None, [2.0], [3.0])
+
+
+@DIRECTIONS
+def test_channels_that_are_all_the_same_are_along_any_axis(direction):
+    # Both shapes have an axis of three; which one the next operator takes for its channels is not known here.
+    proto = one_node("Reshape", (1, 1, 3), {"shape": [1, 3]})
+    axis = 2 if direction == "forward" else 1
+    moved = ask(proto, direction, Affine(np.full(3, 2.0), np.full(3, 1.0), axis))
+    assert (moved.axis, moved.scale.tolist(), moved.shift.tolist()) == (None, [2.0], [1.0])
