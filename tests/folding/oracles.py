@@ -205,9 +205,9 @@ def _nested(graph: Any) -> Iterator[onnx.GraphProto]:
 
 
 def node_lists(model: onnx.ModelProto) -> Iterator[Any]:
-    """Every list of nodes: of graphs, subgraphs and local functions."""
-    for graph in (*graphs(model), *(g for function in model.functions for g in _nested(function))):
-        yield graph.node
+    """Every list of nodes, of graphs, subgraphs and functions, outer ones first; they may be replaced meanwhile."""
+    for graph in (model.graph, *model.functions):
+        yield from (inside.node for inside in _nested(graph))
 
 
 def constants(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -26,7 +26,7 @@ Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 def examples(share: float) -> settings:
     """A share of the examples that the profile asks for: each costs as much as dozens of small arrays."""
-    return settings(max_examples=max(3, round(settings().max_examples * share)))
+    return settings(max_examples=max(2, round(settings().max_examples * share)))
 
 
 @dataclass(frozen=True)

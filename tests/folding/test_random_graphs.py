@@ -252,39 +252,39 @@ def networks(draw: s.Draw, since: int = 7, most: int = 14) -> Case:
     return net.finish()
 
 
-@examples(0.12)
+@examples(0.08)
 @given(case=networks())
 def test_folded_network_computes_the_same(case):
     survive(case.model, case.feeds)
 
 
-@examples(0.1)
+@examples(0.06)
 @given(case=networks())
 def test_aggressively_folded_network_computes_the_same(case):
     survive(case.model, case.feeds, aggressive=True)
 
 
-@examples(0.04)
+@examples(0.02)
 @given(case=networks())
 def test_folding_is_deterministic(case):
     content = fold(case.model, True).model.SerializeToString(deterministic=True)
     assert fold(case.model, True).model.SerializeToString(deterministic=True) == content
 
 
-@examples(0.04)
+@examples(0.02)
 @given(case=networks(most=30))
 def test_deep_network_computes_the_same(case):
     survive(case.model, case.feeds, aggressive=True)
 
 
-@examples(0.05)
+@examples(0.03)
 @given(data=st.data(), dtype=st.sampled_from(["float32", "float32", "float16", "bfloat16"]), aggressive=st.booleans())
 def test_folded_network_of_narrow_type_stays_within_the_bound(data, dtype, aggressive):
     case = data.draw(networks(since=22 if dtype == "bfloat16" else 7, most=8))
     survive_rounding(case.model, case.feeds, dtype, aggressive=aggressive)
 
 
-@examples(0.04)
+@examples(0.02)
 @given(case=networks())
 def test_aggressive_after_default_is_as_good_as_aggressive(case):
     """What was folded by default does not stand in the way of more."""
@@ -293,7 +293,7 @@ def test_aggressive_after_default_is_as_good_as_aggressive(case):
     assert len(twice.report.left) <= len(once.report.left)
 
 
-@examples(0.04)
+@examples(0.02)
 @given(case=networks())
 def test_skipped_batch_norms_stay_and_the_others_do_not_mind(case):
     """Whatever subset is folded, the network computes the same."""

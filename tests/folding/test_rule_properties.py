@@ -176,7 +176,7 @@ def pointwise(net: Net, x: str, outputs: int) -> str:
 
 
 @rows_with("backward")
-@examples(0.02)
+@examples(0.0134)
 @given(data=st.data())
 def test_map_behind_an_operator_goes_into_what_comes_before(row, data):
     row = ROWS[row]
@@ -188,7 +188,7 @@ def test_map_behind_an_operator_goes_into_what_comes_before(row, data):
 
 
 @rows_with("forward")
-@examples(0.02)
+@examples(0.0134)
 @given(data=st.data())
 def test_map_before_an_operator_goes_into_what_comes_behind(row, data):
     row = ROWS[row]
@@ -200,7 +200,7 @@ def test_map_before_an_operator_goes_into_what_comes_behind(row, data):
 
 
 @rows_with("aggressive")
-@examples(0.02)
+@examples(0.0134)
 @given(data=st.data())
 def test_map_before_an_operator_is_traded_if_asked_for(row, data):
     row = ROWS[row]
@@ -232,7 +232,7 @@ def test_no_map_is_folded_wrongly(row, data, aggressive):
 
 
 @pytest.mark.parametrize("row", ROWS)
-@examples(0.015)
+@examples(0.0134)
 @given(data=st.data(), dtype=st.sampled_from(["float32", "float32", "float16", "bfloat16"]), forward=st.booleans())
 def test_narrow_types_stay_within_the_bound(row, data, dtype, forward):
     # The operators of convolutional networks know bfloat16 since opset 22.
@@ -261,7 +261,7 @@ ABSORBERS: dict[str, tuple[Callable[[Net], str], Operator]] = {
 
 
 @pytest.mark.parametrize("kind", ABSORBERS)
-@examples(0.06)
+@examples(0.04)
 @given(data=st.data())
 def test_operator_absorbs_the_map_behind_it(kind, data):
     net = Net(data.draw)
@@ -274,7 +274,7 @@ def test_operator_absorbs_the_map_behind_it(kind, data):
 
 @pytest.mark.parametrize("kind", ABSORBERS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@examples(0.02)
+@examples(0.0134)
 @given(data=st.data())
 def test_operator_of_narrow_type_absorbs_within_the_bound(kind, dtype, data):
     net = Net(data.draw, 22 if dtype == "bfloat16" else 7)
@@ -300,7 +300,7 @@ TAKES_SCALES = {
 
 
 @pytest.mark.parametrize("kind", TAKES_WHOLE_MAPS)
-@examples(0.06)
+@examples(0.04)
 @given(data=st.data())
 def test_operator_absorbs_the_map_before_it(kind, data):
     net = Net(data.draw)
@@ -312,7 +312,7 @@ def test_operator_absorbs_the_map_before_it(kind, data):
 
 
 @pytest.mark.parametrize("kind", TAKES_SCALES)
-@examples(0.06)
+@examples(0.04)
 @given(data=st.data())
 def test_padded_operator_absorbs_the_scale_before_it(kind, data):
     net = Net(data.draw)
@@ -323,7 +323,7 @@ def test_padded_operator_absorbs_the_scale_before_it(kind, data):
 
 
 @pytest.mark.parametrize("operator", [s.conv, lambda net, x: s.conv_transpose(net, x, explicit=True)])
-@examples(0.06)
+@examples(0.04)
 @given(data=st.data())
 def test_shift_before_a_padded_operator_becomes_a_border_map_if_asked_for(operator, data):
     """The padding of ConvTranspose must be given, because runtimes differ in what auto_pad means there."""
@@ -335,7 +335,7 @@ def test_shift_before_a_padded_operator_becomes_a_border_map_if_asked_for(operat
 
 @pytest.mark.parametrize("kind", [*TAKES_WHOLE_MAPS, *TAKES_SCALES])
 @pytest.mark.parametrize("aggressive", [False, True])
-@examples(0.03)
+@examples(0.02)
 @given(data=st.data())
 def test_operator_never_takes_the_map_before_it_wrongly(kind, aggressive, data):
     net = Net(data.draw)
@@ -344,7 +344,7 @@ def test_operator_never_takes_the_map_before_it_wrongly(kind, aggressive, data):
     survive(case.model, case.feeds, aggressive=aggressive)
 
 
-@examples(0.04)
+@examples(0.027)
 @given(data=st.data())
 def test_contracted_rows_of_a_transposed_gemm_absorb_the_map_of_the_first_axis(data):
     net = Net(data.draw)
@@ -364,7 +364,7 @@ def sequences(net: Net) -> str:
     return net.input((2, length, features), draw(st.sampled_from([(), (0,), (0, 1)])))
 
 
-@examples(0.04)
+@examples(0.027)
 @given(data=st.data())
 def test_matmul_of_sequences_absorbs_scales_of_its_features_from_both_sides(data):
     net = Net(data.draw)
@@ -374,7 +374,7 @@ def test_matmul_of_sequences_absorbs_scales_of_its_features_from_both_sides(data
     assert_left(case.model, result)
 
 
-@examples(0.04)
+@examples(0.027)
 @given(data=st.data())
 def test_batch_norm_behind_a_linear_layer_and_a_transpose_goes_into_matmul_and_its_bias(data):
     net = Net(data.draw)
@@ -385,7 +385,7 @@ def test_batch_norm_behind_a_linear_layer_and_a_transpose_goes_into_matmul_and_i
     assert_left(case.model, result, {"Add": 1})
 
 
-@examples(0.04)
+@examples(0.027)
 @given(data=st.data())
 def test_batch_norm_behind_matrix_reshape_and_transpose_goes_into_the_matrix(data):
     """(N*L, F), Gemm or MatMul, (N, L, C), (N, C, L): the wrong axis has the same size if L equals C."""
@@ -399,7 +399,7 @@ def test_batch_norm_behind_matrix_reshape_and_transpose_goes_into_the_matrix(dat
     assert_left(case.model, result)
 
 
-@examples(0.04)
+@examples(0.027)
 @given(data=st.data())
 def test_map_of_another_axis_never_goes_into_matmul_wrongly(data):
     net = Net(data.draw)
@@ -427,7 +427,7 @@ def branches(net: Net, count: int, outputs: int | None = None) -> list[str]:
     return [pointwise(net, x, outputs or net.draw(st.integers(1, 3))) for _ in range(count)]
 
 
-@examples(0.04)
+@examples(0.027)
 @given(data=st.data())
 def test_map_behind_a_concat_goes_into_every_branch(data):
     net = Net(data.draw)
@@ -437,7 +437,7 @@ def test_map_behind_a_concat_goes_into_every_branch(data):
     assert_left(case.model, result)
 
 
-@examples(0.04)
+@examples(0.027)
 @given(data=st.data())
 def test_maps_before_a_concat_go_into_what_comes_behind(data):
     net = Net(data.draw)
@@ -450,7 +450,7 @@ def test_maps_before_a_concat_go_into_what_comes_behind(data):
 
 
 @pytest.mark.parametrize("op_type", ["Add", "Sub", "Sum"])
-@examples(0.02)
+@examples(0.0134)
 @given(data=st.data())
 def test_map_behind_a_residual_goes_into_every_branch(op_type, data):
     net = Net(data.draw, 8 if op_type == "Sum" else 7)
@@ -462,7 +462,7 @@ def test_map_behind_a_residual_goes_into_every_branch(op_type, data):
 
 
 @pytest.mark.parametrize("op_type", ["Mul", "Div"])
-@examples(0.02)
+@examples(0.0134)
 @given(data=st.data())
 def test_scale_behind_a_product_goes_into_a_factor(op_type, data):
     net = Net(data.draw)
@@ -475,7 +475,7 @@ def test_scale_behind_a_product_goes_into_a_factor(op_type, data):
     assert_left(case.model, result)
 
 
-@examples(0.04)
+@examples(0.027)
 @given(data=st.data())
 def test_map_of_the_features_goes_into_a_layer_normalization(data):
     net = Net(data.draw, 17)
@@ -487,7 +487,7 @@ def test_map_of_the_features_goes_into_a_layer_normalization(data):
     assert_left(case.model, result)
 
 
-@examples(0.04)
+@examples(0.027)
 @given(data=st.data())
 def test_maps_behind_the_parts_of_a_split_go_into_what_comes_before(data):
     net = Net(data.draw)
@@ -498,7 +498,7 @@ def test_maps_behind_the_parts_of_a_split_go_into_what_comes_before(data):
     assert_left(case.model, result)
 
 
-@examples(0.04)
+@examples(0.027)
 @given(data=st.data())
 def test_map_before_a_split_goes_into_every_consumer(data):
     net = Net(data.draw)
@@ -508,7 +508,7 @@ def test_map_before_a_split_goes_into_every_consumer(data):
     assert_left(case.model, result)
 
 
-@examples(0.04)
+@examples(0.027)
 @given(data=st.data())
 def test_map_with_several_consumers_goes_into_all_or_none(data):
     net = Net(data.draw)
@@ -520,7 +520,7 @@ def test_map_with_several_consumers_goes_into_all_or_none(data):
     assert_left(case.model, result, {"BatchNormalization": wall})
 
 
-@examples(0.04)
+@examples(0.027)
 @given(data=st.data())
 def test_consecutive_maps_between_walls_become_one(data):
     net = Net(data.draw)
@@ -532,7 +532,7 @@ def test_consecutive_maps_between_walls_become_one(data):
     assert_left(case.model, result, {"BatchNormalization": 1}, {"Mul": 1, "Add": 1})
 
 
-@examples(0.04)
+@examples(0.027)
 @given(data=st.data())
 def test_arithmetic_beside_a_batch_norm_merges_into_it(data):
     net = Net(data.draw)
@@ -567,7 +567,7 @@ def onnx_array(proto: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("how", ["Identity", "Cast", "Transpose", "Constant"])
-@examples(0.03)
+@examples(0.02)
 @given(data=st.data(), forward=st.booleans())
 def test_weights_behind_operators_are_found(how, data, forward):
     net = Net(data.draw)
@@ -585,7 +585,7 @@ def test_weights_behind_operators_are_found(how, data, forward):
     assert_left(case.model, result)
 
 
-@examples(0.05)
+@examples(0.034)
 @given(data=st.data())
 def test_map_goes_into_the_scale_of_a_quantized_weight(data):
     net = Net(data.draw, 13)
@@ -607,7 +607,7 @@ def test_map_goes_into_the_scale_of_a_quantized_weight(data):
 
 
 @pytest.mark.parametrize("kind", [*ROWS, *ABSORBERS])
-@examples(0.02)
+@examples(0.0134)
 @given(data=st.data())
 def test_oracle_agrees_with_onnxruntime(kind, data):
     """What the folds are compared with is itself compared, with another's optimisations off."""
