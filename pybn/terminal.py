@@ -41,16 +41,19 @@ def print_report(report: FoldReport, *, everything: bool = False) -> None:
     checks = {} if report.check is None else report.check.by_fold
     failed = {key for key, check in checks.items() if not check.passed}
     folds = [row for row in report.folds if everything or row.op_type == BATCH_NORM or row.key in failed]
-    left = report.left if everything else report.batch_norms_left
+    left = [[row] for row in report.left] if everything else _alike(report.batch_norms_left)
     if len(folds) > most:
         console.print(_folds_by_route(folds))
         folds = [fold for fold in folds if fold.key in failed]
     if folds:
         console.print(_folds(folds, checks))
+    if len(left) > most:
+        console.print(_left_by_reason(report.batch_norms_left))
+        left = []
     if left:
-        console.print(_left(left) if len(left) <= most else _left_by_reason(left))
+        console.print(_left(left))
     _print_summary(console, report)
-    if not everything and (report.affines or max(report.counts["folded"], report.counts["left"]) > most):
+    if len(folds) + len(left) < len(report.rows):
         console.print("(--all lists every one of them)")
     if report.check is not None and report.folds:  # without a fold, both models are the same file
         _print_check(console, report.check)
@@ -100,10 +103,19 @@ def _folds_by_route(folds: Sequence[Fold]) -> Table:
     return table
 
 
-def _left(rows: Sequence[Left]) -> Table:
-    table = _table("left", "reason", "because")
+def _alike(rows: Sequence[Left]) -> list[list[Left]]:
+    """Put rows together of which the same is to be said."""
+    groups: dict[tuple[str, str], list[Left]] = defaultdict(list)
     for row in rows:
-        table.add_row(Text(_name(row)), Text(row.reason.value), Text(printable(row.sentence)))
+        groups[row.reason.value, row.sentence].append(row)
+    return list(groups.values())
+
+
+def _left(groups: Sequence[Sequence[Left]]) -> Table:
+    table = _table("left", "reason", "because")
+    for first, *others in groups:
+        name = f"{_name(first)} and {len(others)} more" if others else _name(first)
+        table.add_row(Text(name), Text(first.reason.value), Text(printable(first.sentence)))
     return table
 
 

@@ -38,6 +38,7 @@ Read in this order; each file uses only those above it:
 - ``majorant``         how far rounding may move a value: one rule per operator
 - ``inputs``           what to run models on
 - ``fold_proof``       the rounding bound of one difference, and the comparison with it
+- ``probing``          graphs changed to look into them, and to move values inside
 - ``verify``           the comparison of a folded model with its original
 - ``inspection``       what a model holds that can be folded, and what would become of it
 

@@ -325,6 +325,8 @@ def _resize_keeps(node: ir.Node, axis: int, facts: Facts) -> bool:
         scales = None if array is None else array.tolist()
     if scales:
         return axis < len(scales) and scales[axis] == 1.0
+    if len(node.inputs) < 4 or node.inputs[3] is None:
+        return False  # scales that only a run knows: 1.2 keeps three channels three, and yet moves them
     before, after = facts.size(node.inputs[0], axis), facts.size(node.outputs[0], axis)
     return (
         before is not None and before == after and attribute(node, "keep_aspect_ratio_policy", "stretch") == "stretch"
@@ -455,9 +457,6 @@ def _pads_with_zero(node: ir.Node, facts: Facts) -> bool:
 
 def add(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """Add, Sum and Sub of computed values: the scale goes to every operand, the shift to one of them."""
-    if facts.opset(node) < 8 and (node.op_type == "Sum" or facts.opset(node) < 7):
-        # Before these versions operands are not broadcast, or in another way.
-        return Refusal(Reason.OLD_OPSET, f"{node.op_type} of opset {facts.opset(node)} broadcasts in another way")
     at_all = range(len(node.inputs))
     scales = [_operand(node, at, affine.only_scale(), facts) for at in at_all]
     refusal = next((scale for scale in scales if isinstance(scale, Refusal)), None)
@@ -476,8 +475,6 @@ def add(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refus
 
 def multiply(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """Mul and Div of computed values: a scale goes to either factor, or to what is divided."""
-    if facts.opset(node) < 7:
-        return Refusal(Reason.OLD_OPSET, f"{node.op_type} of opset {facts.opset(node)} broadcasts in another way")
     if not affine.keeps_zero:
         return Refusal(Reason.SHIFT_STAYS, f"a shift does not pass {node.op_type} of two computed values")
     steps: list[Step] = []

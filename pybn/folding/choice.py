@@ -15,7 +15,7 @@ import onnx_ir as ir
 from pybn.folding.affine import Affine
 from pybn.folding.graph import Facts
 from pybn.folding.reasons import FoldError, Reason, Refusal
-from pybn.folding.sources import Remainder, Source, remainder
+from pybn.folding.sources import Remainder, Source, remainder, require_room
 from pybn.folding.walk import Plan, Walk
 
 
@@ -62,8 +62,9 @@ class Choice:
         ]
         if self.rest is not None:
             added.append(f"{self.rest.op_type} in its place")
+        fewer = (1 if self.rest is None else 0) - sum(len(rewrite.after) for rewrite in plan.rewrites)
         brings = {1: "one operator less", 0: "as many operators as now", -1: "one operator more"}
-        net = brings.get(self.gain, f"{-self.gain} operators more")
+        net = brings.get(fewer, f"{-fewer} operators more")
         way = " and ".join(
             word for word, part in (("backward", self.backward), ("forward", self.forward)) if part is not None
         )
@@ -105,7 +106,7 @@ def choose(
         return _identity(source)
     best: Choice | None = None
     refusals: list[Refusal] = []
-    for back, forth, rest in _ways(source.affine, whole=whole):
+    for back, forth, rest in _ways(source, facts, whole=whole):
         backward = None if back is None else Walk(facts, frozen).backward(back, node, source.data)
         if isinstance(backward, Refusal):
             refusals.append(backward)
@@ -120,9 +121,7 @@ def choose(
             refusals.append(Refusal(error.reason, str(error)))
             continue
         if rest is None and choice.gain < 1:
-            refusals.insert(
-                0, Refusal(Reason.NO_GAIN, f"it could go, but no operator would be saved: {choice.describe()}")
-            )
+            refusals.insert(0, Refusal(Reason.NO_GAIN, f"no work would be saved; one could {choice.describe()}"))
         if best is None or choice.gain > best.gain:
             best = choice
         if best.gain >= sufficient:
@@ -130,18 +129,15 @@ def choose(
     return best, _explain(refusals)
 
 
-def _ways(affine: Affine, *, whole: bool) -> Iterator[tuple[Affine | None, Affine | None, Affine | None]]:
+def _ways(source: Source, facts: Facts, *, whole: bool) -> Iterator[tuple[Affine | None, Affine | None, Affine | None]]:
     """List what may go backward, what forward, and what then stays."""
+    affine = source.affine
     yield affine, None, None
     yield None, affine, None
     if affine.keeps_scale or affine.keeps_zero:
         return
     scale, shift = affine.only_scale(), affine.only_shift()
-    # The shift before the scale: a (x + b / a).
-    inner: Affine | None = None
-    if affine.scale.all():
-        with np.errstate(over="ignore"):
-            inner = Affine(np.ones_like(affine.scale), affine.shift / affine.scale, affine.axis)
+    inner = _inner_shift(source, facts)
     yield scale, shift, None
     if inner is not None:
         yield inner, scale, None
@@ -152,6 +148,20 @@ def _ways(affine: Affine, *, whole: bool) -> Iterator[tuple[Affine | None, Affin
         yield None, scale, inner
         yield inner, None, scale
     yield None, shift, scale
+
+
+def _inner_shift(source: Source, facts: Facts) -> Affine | None:
+    """Return the shift that comes before the scale, ``b / a``, if there is one."""
+    affine = source.affine
+    if not affine.scale.all():
+        return None
+    with np.errstate(over="ignore"):
+        inner = Affine(np.ones_like(affine.scale), affine.shift / affine.scale, affine.axis)
+    try:
+        require_room(inner, facts.dtype(source.node.inputs[source.data]))
+    except FoldError:
+        return None
+    return inner
 
 
 def _identity(source: Source) -> tuple[Choice | None, Refusal]:
@@ -179,7 +189,13 @@ def _types_disagree(source: Source) -> Refusal | None:
 
 
 def _explain(refusals: list[Refusal]) -> Refusal:
-    """Join why the map can go neither backward nor forward; the reason is the one of the way back."""
-    if len(refusals) < 2 or refusals[0].reason is Reason.NO_GAIN:
-        return refusals[0] if refusals else Refusal(Reason.NO_GAIN, "it could go, but no operator would be saved")
-    return Refusal(refusals[0].reason, f"{refusals[0].detail}; forward, {refusals[1].detail}")
+    """Join why the map can go neither backward nor forward. The reason is that of the way back, if there is one."""
+    if len(refusals) < 2:
+        return refusals[0] if refusals else Refusal(Reason.NO_GAIN, "no work would be saved")
+    first, second = refusals[:2]
+    words = "else" if first.reason is Reason.NO_GAIN else "forward"
+    nowhere = (Reason.NO_LINEAR_CONSUMER, Reason.FOREIGN_DOMAIN, Reason.GRAPH_OUTPUT)
+    reason = first.reason
+    if first.reason is Reason.NO_LINEAR_PRODUCER and second.reason not in nowhere:
+        reason = second.reason
+    return Refusal(reason, f"{first.detail}; {words}, {second.detail}")

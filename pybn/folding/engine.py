@@ -13,7 +13,7 @@ import onnx_ir as ir
 from pybn.folding import sources
 from pybn.folding.choice import Choice, choose
 from pybn.folding.editor import Editor
-from pybn.folding.graph import Facts, Scope, display_name, scopes
+from pybn.folding.graph import Facts, display_name, scopes
 from pybn.folding.neighbours import neighbours
 from pybn.folding.reasons import Reason, Refusal
 from pybn.folding.report import Direction, Fold, FoldReport, Left
@@ -75,32 +75,41 @@ class _Engine:
                 self._origins[node] = _Origin(node, display_name(node), node.op_type, output, scope.label)
                 self._names.update(value.name for value in node.outputs if value.name)
         affine = [node for node in self._origins if sources.read(node, self._facts) is not None]
-        self._total = len(affine)
         _require_names("only", options.only, (self._origins[node].name for node in affine))
         _require_names("skip", options.skip, (origin.name for origin in self._origins.values()))
         self._frozen = {node for node, origin in self._origins.items() if origin.name in options.skip}
-        self._done: set[ir.Node] = set()
+        self._folded: list[_Origin] = []
+        self._waiting = set(affine)
+        self._total = len(affine)
 
     def run(self) -> FoldReport:
-        while self._pass():
-            # What has been folded may prove what was unknown. Folding the result again has to find
-            # nothing, so this goes on until a pass that starts from the model as it is finds nothing.
-            self._facts = Facts(self._model)
+        # Trades come last, when all that is free has been had.
+        for trades in (False, True) if self._options.aggressive else (False,):
+            while self._pass(trades=trades):
+                # What has been folded may prove what was unknown. Folding the result again has to find
+                # nothing, so this goes on until a pass that starts from the model as it is finds nothing.
+                self._facts = Facts(self._model)
         rows = [row for origin in self._origins.values() if (row := self._row(origin)) is not None]
         return FoldReport(tuple(rows))
 
-    def _pass(self) -> bool:
+    def _pass(self, *, trades: bool) -> bool:
         """Try to fold every affine node once. In graph order, what is upstream has settled before."""
         folded = False
-        for scope in list(scopes(self._model)):
-            for node in list(scope.graph):
-                found = sources.read(node, self._facts)
-                if found is not None:
-                    folded = self._fold(node, found, scope) or folded
-                    self._tell(node)
+        for node in [node for scope in scopes(self._model) for node in scope.graph]:
+            # A Constant may have gone with what used it.
+            found = None if node.graph is None else sources.read(node, self._facts)
+            if found is not None:
+                folded = self._fold(node, found, trades=trades) or folded
+                self._tell(node)
         return folded
 
-    def _fold(self, node: ir.Node, found: Source | Refusal, scope: Scope) -> bool:
+    def _tell(self, node: ir.Node) -> None:
+        """Report progress, once per affine node of the original."""
+        if self._options.progress is not None and node in self._waiting:
+            self._waiting.remove(node)
+            self._options.progress(self._total - len(self._waiting), self._total)
+
+    def _fold(self, node: ir.Node, found: Source | Refusal, *, trades: bool) -> bool:
         """Fold one node, or note why not."""
         origin = self._origins.get(node)
         name = origin.name if origin is not None else display_name(node)
@@ -112,10 +121,10 @@ class _Engine:
             self._leave(origin, found, None)
             return False
         # Trades without a gain are for batch norms only: their number falls, so there is an end.
-        trades = found.is_batch_norm
-        choice, refusal = choose(found, self._facts, self._frozen, whole=not trades, sufficient=1)
-        if choice is None or (choice.gain < 1 and not (trades and self._options.aggressive)):
-            self._leave(origin, refusal, choice.describe() if choice is not None and trades else None)
+        tradable = found.is_batch_norm
+        choice, refusal = choose(found, self._facts, self._frozen, whole=not tradable, sufficient=1)
+        if choice is None or (choice.gain < 1 and not (trades and tradable)):
+            self._leave(origin, refusal, choice.describe() if choice is not None and tradable else None)
             return False
         self._commit(found, choice)
         return True
@@ -139,14 +148,18 @@ class _Engine:
         elif choice.rest is not None and choice.forward is None:
             kept.append(output)
         moved = self._editor.apply(plan.rewrites, changed)
+        for old, new in moved.items():
+            self._facts.adopt(new, old)
         kept = [moved.get(item, item) for item in kept]
         # Where an earlier fold had its effect on a value that changes now, this one has it, too.
         gone = {output, *plan.changed}
-        for origin in self._origins.values():
-            if any(item in gone for item in origin.outputs):
-                origin.outputs = [item for item in origin.outputs if item not in gone] + kept
+        for earlier in self._folded:
+            if any(item in gone for item in earlier.outputs):
+                earlier.outputs = [item for item in earlier.outputs if item not in gone] + kept
+            earlier.outputs = [moved.get(item, item) for item in earlier.outputs]
         if record is not None:
             record.outputs += [item for item in kept if item not in record.outputs]
+            self._folded.append(record)
         if choice.rest is not None:
             self._editor.replace(node, choice.rest.op_type, source.data, choice.rest.constant)
         else:
@@ -194,12 +207,6 @@ class _Engine:
             cost=origin.cost,
             scale_range=origin.scale_range,
         )
-
-    def _tell(self, node: ir.Node) -> None:
-        """Report progress, once per affine node of the original."""
-        if self._options.progress is not None and node in self._origins and node not in self._done:
-            self._done.add(node)
-            self._options.progress(len(self._done), max(self._total, len(self._done)))
 
 
 def _require_names(option: str, names: Collection[str], known: Iterable[str]) -> None:

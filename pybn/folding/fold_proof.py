@@ -25,9 +25,10 @@ What is not a float (a shape, say) must be equal.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from pybn.folding.affine import Array
@@ -43,6 +44,22 @@ PRECISION = {
     "float32": (2.0**-24, 2.0**-126),
     "float64": (2.0**-53, 2.0**-1022),
 }
+
+
+@dataclass(frozen=True)
+class Local:
+    """How a segment's value differs on the original's activations, in its own type; zero where that is not finite.
+
+    Attributes
+    ----------
+    difference : ndarray
+        The folded expression's value minus the original's.
+    bound : ndarray
+        The most that rounding explains.
+    """
+
+    difference: Array
+    bound: Array
 
 
 class SegmentProof:
@@ -65,8 +82,8 @@ class SegmentProof:
         self._worst_ratio = -1.0
         self._worst = self._check(0.0, 0.0, passed=False, detail="no finite activation to compare")
 
-    def compare(self, activations: Mapping[str, Array], expected: Array) -> Array:
-        """Run the folded expression on the original's activations, and return the bound.
+    def compare(self, activations: Mapping[str, Array], expected: Array) -> Local:
+        """Run the folded expression on the original's activations, and judge every element.
 
         Parameters
         ----------
@@ -74,11 +91,6 @@ class SegmentProof:
             At least the entries of the segment, by name.
         expected : ndarray
             The original's activation of the segment's value.
-
-        Returns
-        -------
-        ndarray
-            The bound of every element, in the type of `expected`; zero where it is not finite, or not known.
         """
         try:
             actual = self._folded.run(activations)
@@ -86,11 +98,11 @@ class SegmentProof:
             bound = self._bound(activations, expected)
         except (CheckError, NoBound) as error:
             self._keep_worst(np.inf, self._check(np.inf, 0.0, passed=False, detail=str(error)))
-            return np.zeros_like(expected)
-        self._record(expected, actual, bound)
-        with np.errstate(over="ignore"):
-            narrow = bound.astype(expected.dtype)
-        return np.where(np.isfinite(narrow), narrow, np.zeros_like(narrow))
+            return Local(np.zeros_like(expected), np.zeros_like(expected))
+        with np.errstate(invalid="ignore", over="ignore"):
+            difference = np.subtract(actual, expected, dtype=bound.dtype)
+        self._record(expected, difference, bound)
+        return Local(_narrowed(difference, expected.dtype), _narrowed(bound, expected.dtype))
 
     def skip(self, detail: str) -> None:
         """Record that the segment was not compared by itself; the comparison of the models decides."""
@@ -100,17 +112,17 @@ class SegmentProof:
         """Return the element that came closest to its bound."""
         return self._worst
 
-    def _bound(self, activations: Mapping[str, Array], expected: Array) -> npt.NDArray[np.float64]:
+    def _bound(self, activations: Mapping[str, Array], expected: Array) -> Array:
         if self._majorants is None:
             self._majorants = self._make_majorants(activations, expected)
         known = [majorant(activations) for majorant in self._majorants]
         before, after = (item if isinstance(item, Majorant) else None for item in known)
         if before is None or after is None:
             return np.zeros(np.shape(expected))
-        double = PRECISION["float64"][0]
-        folding = gamma(2 * (before.products + before.others), double)
-        bound: npt.NDArray[np.float64] = before.size.astype(np.float64) * (self._relative(before) + folding)
-        return bound + after.size.astype(np.float64) * self._relative(after)
+        folding = gamma(2 * (before.products + before.others), PRECISION["float64"][0])
+        bound: Array = before.size * before.size.dtype.type(self._relative(before) + folding)
+        bound += after.size * after.size.dtype.type(self._relative(after))
+        return bound
 
     def _relative(self, known: Majorant) -> float:
         accumulated = self._unit
@@ -138,18 +150,18 @@ class SegmentProof:
         )
         return Majorants(self.segment.original, original), Majorants(self.segment.folded, folded)
 
-    def _record(self, expected: Array, actual: Array, bound: npt.NDArray[np.float64]) -> None:
-        usable = np.isfinite(expected.astype(np.float64)) & np.isfinite(bound)
+    def _record(self, expected: Array, difference: Array, bound: Array) -> None:
+        usable = np.isfinite(expected.astype(bound.dtype)) & np.isfinite(bound)
         if not usable.any():
             return
-        limit = bound[usable]
+        error = np.abs(difference)
+        # NaN: the original is a number, and the folded expression is not.
+        error[~usable], error[usable & np.isnan(error)] = 0.0, np.inf
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-            error = np.abs(actual[usable].astype(np.float64) - expected[usable].astype(np.float64))
-            error[np.isnan(error)] = np.inf
-            ratios = np.where(error == 0, 0.0, error / limit)
-        at = int(np.argmax(ratios))
+            ratios = np.where(error == 0, 0.0, error / bound)
+        at = np.unravel_index(np.argmax(np.where(usable, ratios, -1.0)), ratios.shape)
         ratio = float(ratios[at])
-        self._keep_worst(ratio, self._check(float(error[at]), float(limit[at]), passed=ratio <= 1))
+        self._keep_worst(ratio, self._check(float(error[at]), float(bound[at]), passed=ratio <= 1))
 
     def _check(self, error: float, bound: float, *, passed: bool, detail: str = "") -> FoldCheck:
         return FoldCheck(self.segment.name, self.segment.scope.label, self._folds, error, bound, passed, detail)
@@ -157,6 +169,13 @@ class SegmentProof:
     def _keep_worst(self, ratio: float, found: FoldCheck) -> None:
         if ratio > self._worst_ratio:
             self._worst_ratio, self._worst = ratio, found
+
+
+def _narrowed(array: Array, dtype: np.dtype[Any]) -> Array:
+    with np.errstate(over="ignore", invalid="ignore"):
+        narrow: Array = array.astype(dtype)
+        narrow[~np.isfinite(array)] = 0
+    return narrow
 
 
 def _require_same_kind(actual: Array, expected: Array) -> None:

@@ -32,9 +32,15 @@ from pybn.folding.weights_forward import (
     same_padding,
 )
 
-# Since this opset Max and Min broadcast; since the other they take bfloat16.
-BROADCASTING_MAX = 8
+# ONNX stores attributes as float32, so this is the slope of a LeakyRelu that does not name one.
+DEFAULT_SLOPE = float(np.float32(0.01))
+
+# Since these opsets the bias of Gemm broadcasts as in NumPy, and Max and Min take bfloat16.
+BROADCASTING_GEMM = 7
 BFLOAT16_MAX = 13
+
+# Since opset 11 the bounds of Clip are inputs, since 12 it takes every type that Relu does but bfloat16, since 13 all.
+CLIP_WITH_INPUTS = {"Clip": 11, "Relu": 13}
 
 # Casts that change no value that the narrower type can hold.
 WIDENING_CASTS = frozenset(
@@ -53,58 +59,65 @@ WIDENING_CASTS = frozenset(
 
 def conv(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """Conv: ``W'[o, i] = a[i] W[o, i]``, ``c' = c + sum W b``, or a map of the borders if it is padded."""
-    weight = _weight(node, index, facts)
-    if isinstance(weight, Refusal):
-        return weight
-    groups = int(attribute(node, "group", 1))
-    if weight.ndim < 3 or groups < 1 or weight.shape[0] % groups:
-        return _wrong_weight(node, weight)
+    operands = _kernel_and_groups(node, index, facts)
+    if isinstance(operands, Refusal):
+        return operands
+    weight, groups = operands
     affine = affine.over(weight.shape[1] * groups, 1)
-    kernel = weight.shape[2:]
-    if affine.keeps_zero:
-        reaches: Sequence[Float64] = [np.ones((taps, 1)) for taps in kernel]
-    else:
-        windows = _windows(node, kernel, facts)
-        if isinstance(windows, Refusal):
-            return windows
-        sizes = _spatial_sizes(node.inputs[0], len(kernel), facts)
-        unknown = [axis for axis, window in enumerate(windows) if window.is_padded and sizes[axis] is None]
-        if unknown:
-            return _unknown_border(node, unknown[0])
-        reaches = [conv_reach(window, size) for window, size in zip(windows, sizes, strict=True)]
+    reaches = _conv_reaches(node, weight.shape[2:], affine, facts)
+    if isinstance(reaches, Refusal):
+        return reaches
     scaled, added = absorb_conv(weight, affine, groups, reaches)
-    return _with_added(node, weight, scaled, added, facts)
+    return _with_added(node, _scaled_weight(weight, scaled, affine), weight, added, facts)
 
 
 def conv_transpose(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """ConvTranspose: as Conv; it is as if padded with zeros, so a shift needs a map of the output."""
-    weight = _weight(node, index, facts)
-    if isinstance(weight, Refusal):
-        return weight
-    groups = int(attribute(node, "group", 1))
-    if weight.ndim < 3 or groups < 1 or weight.shape[0] % groups:
-        return _wrong_weight(node, weight)
+    operands = _kernel_and_groups(node, index, facts)
+    if isinstance(operands, Refusal):
+        return operands
+    weight, groups = operands
     affine = affine.over(weight.shape[0], 1)
-    kernel = weight.shape[2:]
-    if affine.keeps_zero:
-        reaches: Sequence[Float64] = [np.ones((taps, 1)) for taps in kernel]
-    else:
-        if "output_shape" in node.attributes or attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-            return Refusal(Reason.PADDING, "the output of ConvTranspose is given, and not its padding")
-        windows = _windows(node, kernel, facts)
-        if isinstance(windows, Refusal):
-            return windows
-        more = [int(n) for n in attribute(node, "output_padding", [0] * len(kernel))]
-        reaches = []
-        for axis, size in enumerate(_spatial_sizes(node.inputs[0], len(kernel), facts)):
-            if windows[axis] == Window(1) and not more[axis]:  # nothing happens along this axis
-                reaches.append(np.ones((1, 1)))
-            elif size is None:
-                return _unknown_border(node, axis)
-            else:
-                reaches.append(conv_transpose_reach(windows[axis], size, more[axis]))
+    reaches = _conv_transpose_reaches(node, weight.shape[2:], affine, facts)
+    if isinstance(reaches, Refusal):
+        return reaches
     scaled, added = absorb_conv_transpose(weight, affine, groups, reaches)
-    return _with_added(node, weight, scaled, added, facts)
+    return _with_added(node, _scaled_weight(weight, scaled, affine), weight, added, facts)
+
+
+def _conv_reaches(node: ir.Node, kernel: Sequence[int], affine: Affine, facts: Facts) -> list[Float64] | Refusal:
+    if affine.keeps_zero:  # whatever is padded
+        return [conv_reach(Window(taps), None) for taps in kernel]
+    windows = _windows(node, kernel, facts)
+    if isinstance(windows, Refusal):
+        return windows
+    sizes = _spatial_sizes(node.inputs[0], len(kernel), facts)
+    for axis, window in enumerate(windows):
+        if window.is_padded and sizes[axis] is None:
+            return _unknown_border(node, axis)
+    return [conv_reach(window, size) for window, size in zip(windows, sizes, strict=True)]
+
+
+def _conv_transpose_reaches(
+    node: ir.Node, kernel: Sequence[int], affine: Affine, facts: Facts
+) -> list[Float64] | Refusal:
+    if affine.keeps_zero:
+        return [conv_reach(Window(taps), None) for taps in kernel]
+    if "output_shape" in node.attributes or attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return Refusal(Reason.PADDING, "the output of ConvTranspose is given, and not its padding")
+    windows = _windows(node, kernel, facts)
+    if isinstance(windows, Refusal):
+        return windows
+    more = [int(n) for n in attribute(node, "output_padding", [0] * len(kernel))]
+    reaches = []
+    for axis, size in enumerate(_spatial_sizes(node.inputs[0], len(kernel), facts)):
+        if windows[axis] == Window(1) and not more[axis]:  # nothing happens along this axis
+            reaches.append(np.ones((1, 1)))
+        elif size is None:
+            return _unknown_border(node, axis)
+        else:
+            reaches.append(conv_transpose_reach(windows[axis], size, more[axis]))
+    return reaches
 
 
 def gemm(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
@@ -117,11 +130,11 @@ def gemm(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refu
     axis = 1 if attribute(node, "transB", 0) else 0
     affine = affine.over(weight.shape[axis], 0 if attribute(node, "transA", 0) else 1)
     scaled, added = absorb_matrix(weight, affine, axis)
-    constants = {1: round_to(scaled, weight.dtype, "the folded weight")}
+    constants = _scaled_weight(weight, scaled, affine)
     if not added.any():
         return Step((Rewrite(node, constants),))
-    if facts.opset(node) < 7:
-        return Refusal(Reason.OLD_OPSET, "before opset 7 the bias of Gemm had another kind of broadcasting")
+    if facts.opset(node) < BROADCASTING_GEMM:
+        return Refusal(Reason.OLD_OPSET, f"Gemm of opset {facts.opset(node)} broadcasts its bias in another way")
     bias = _bias(node, weight, facts)
     if isinstance(bias, Refusal):
         return bias
@@ -142,12 +155,13 @@ def matmul(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Re
         return _wrong_weight(node, weight)
     if rank is None:
         return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the rank of MatMul's left operand is unknown")
-    scaled, added = absorb_matrix(weight, affine.over(weight.shape[0], rank - 1), 0)
-    constants = {1: round_to(scaled, weight.dtype, "the folded weight")}
+    affine = affine.over(weight.shape[0], rank - 1)
+    scaled, added = absorb_matrix(weight, affine, 0)
+    constants = _scaled_weight(weight, scaled, affine)
     if not added.any():
         return Step((Rewrite(node, constants),))
     bias = round_to(added, weight.dtype, "the folded bias")
-    if rank == 2 and facts.opset(node) >= 7:
+    if rank == 2 and facts.opset(node) >= BROADCASTING_GEMM:
         otherwise = Step((Rewrite(node, {**constants, 2: bias}, op_type="Gemm"),))
     else:
         otherwise = Step((Rewrite(node, constants, after=(Insert("Add", (bias,)),)),))
@@ -177,7 +191,7 @@ def clip(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refu
 
 def leaky_relu(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """LeakyRelu: a positive scale passes; a channel of scale 0 is a constant."""
-    slope = float(attribute(node, "alpha", 0.01))
+    slope = float(attribute(node, "alpha", DEFAULT_SLOPE))
     value = np.where(affine.shift >= 0, affine.shift, slope * affine.shift)
     return _positive_scale_only(
         node, Affine(affine.scale, np.where(affine.scale == 0, value, affine.shift), affine.axis)
@@ -235,26 +249,25 @@ def _clamp(
     lower, upper = (round_to(bound, dtype, "a bound").astype(np.float64) for bound in (lower, upper))
     carries = ((0, onward),)
     opset = facts.opset(node)
-    is_uniform = bool((lower == lower[0]).all() and (upper == upper[0]).all())
-    if node.op_type == "Clip" and is_uniform and opset >= 11:  # before, the bounds were attributes
-        pair = (lower[0], -largest), (upper[0], largest)
-        bounds = {at: None if b == absent else np.asarray(b, dtype) for at, (b, absent) in enumerate(pair, start=1)}
-        return Step((Rewrite(node, bounds),), carries)
     # Max and Min take the data and one constant, Clip up to two, which have to go.
     rest = dict.fromkeys(range(1, len(node.inputs)))
     without_bounds: dict[str, AttributeValue] = {name: None for name in ("min", "max") if name in node.attributes}
     needed = [
-        (op_type, chain_constant(bound, onward, facts.rank(node.inputs[0]), dtype))
+        (op_type, bound)
         for op_type, bound, absent in (("Max", lower, -largest), ("Min", upper, largest))
         if (bound != absent).any()
     ]
     if not needed:
-        if node.op_type == "Relu":  # all channels are constants, which are not negative
+        if not onward.scale.any():  # all channels are constants
             return Step(carries=carries)
         return Step((Rewrite(node, rest, op_type="Identity", attributes=without_bounds),), carries)
-    if opset < (BFLOAT16_MAX if dtype.name == "bfloat16" else BROADCASTING_MAX):
-        return Refusal(Reason.OLD_OPSET, f"{needed[0][0]} of opset {opset} does not broadcast {dtype.name}")
-    (op_type, constant), *more = needed
+    if opset >= CLIP_WITH_INPUTS[node.op_type] and all((bound == bound[0]).all() for _, bound in needed):
+        bounds = {{"Max": 1, "Min": 2}[op_type]: np.asarray(bound[0], dtype) for op_type, bound in needed}
+        return Step((Rewrite(node, {**rest, **bounds}, op_type="Clip"),), carries)
+    if opset < BFLOAT16_MAX and dtype.name == "bfloat16":
+        return Refusal(Reason.OLD_OPSET, f"{needed[0][0]} of opset {opset} does not take bfloat16")
+    rank = facts.rank(node.inputs[0])
+    (op_type, constant), *more = ((kind, chain_constant(bound, onward, rank, dtype)) for kind, bound in needed)
     after = tuple(Insert(other, (bound,)) for other, bound in more)
     rewrite = Rewrite(node, {**rest, 1: constant}, op_type=op_type, attributes=without_bounds, after=after)
     return Step((rewrite,), carries, extra=1)
@@ -323,8 +336,8 @@ def average_pool(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Ste
         added = np.multiply.outer(
             added, data_share(window, size) if window.is_padded and size is not None else np.ones(1)
         )
-    insert = Insert("Add", (round_to(added[None], dtype, "the map of the borders"),))
-    return Step((Rewrite(node, after=(insert,)),), ((0, affine.only_scale()),))
+    border = round_to(added[None], dtype, "the map of the borders")
+    return Step((Rewrite(node, after=(Insert("Add", (border,)),)),), ((0, affine.only_scale()),))
 
 
 def reduce_mean(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
@@ -444,17 +457,19 @@ def slice_(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Re
 
 
 def add(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
-    """Add of two operands: a shift of one is a shift of the sum."""
+    """Add and Sub of two operands: a shift of one is a shift of the result."""
     if not affine.keeps_scale:
-        return Refusal(Reason.NO_LINEAR_CONSUMER, "only a shift of one operand passes Add")
+        return Refusal(Reason.NO_LINEAR_CONSUMER, f"only a shift of one operand passes {node.op_type}")
+    if node.op_type == "Sub" and index == 1:
+        affine = Affine(affine.scale, -affine.shift, affine.axis)
     if affine.axis is None:
         return Step(carries=((0, affine),))
     rank, result_rank = facts.rank(node.inputs[index]), facts.rank(node.outputs[0])
     if rank is None or result_rank is None:
-        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the ranks of Add's operands are unknown")
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"the ranks of {node.op_type}'s operands are unknown")
     axis = affine.axis + result_rank - rank
     if facts.size(node.outputs[0], axis) != affine.scale.size:
-        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"axis {axis} of Add is not proven to be the channels")
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"axis {axis} of {node.op_type} is not proven to be the channels")
     return Step(carries=((0, affine.along(axis)),))
 
 
@@ -503,6 +518,7 @@ FORWARD: dict[str, Rule] = {
     "Resize": _either_way(backward.resize),
     "Slice": slice_,
     "Split": split,
+    "Sub": add,
     "Upsample": _either_way(backward.resize),
     **axes.FORWARD,
 }
@@ -528,6 +544,17 @@ def _weight(node: ir.Node, index: int, facts: Facts) -> Array | Refusal:
     return weight
 
 
+def _kernel_and_groups(node: ir.Node, index: int, facts: Facts) -> tuple[Array, int] | Refusal:
+    """Read the weight and the number of groups of a convolution; the groups divide the weight's first axis."""
+    weight = _weight(node, index, facts)
+    if isinstance(weight, Refusal):
+        return weight
+    groups = int(attribute(node, "group", 1))
+    if weight.ndim < 3 or groups < 1 or weight.shape[0] % groups:
+        return _wrong_weight(node, weight)
+    return weight, groups
+
+
 def _bias(node: ir.Node, weight: Array, facts: Facts) -> Array | Refusal | None:
     """Read the bias, if there is one. An absent one is a missing input, or one with an empty name."""
     value = _input(node, 2)
@@ -541,20 +568,23 @@ def _bias(node: ir.Node, weight: Array, facts: Facts) -> Array | Refusal | None:
     return bias
 
 
-def _with_added(node: ir.Node, weight: Array, scaled: Float64, added: Float64, facts: Facts) -> Step | Refusal:
-    """Give a convolution its scaled weight, and what is to be added to its output: a bias or a map."""
-    constants = {1: round_to(scaled, weight.dtype, "the folded weight")}
+def _scaled_weight(weight: Array, scaled: Float64, affine: Affine) -> dict[int, Array]:
+    """Round the scaled weight; one that stays as it is also stays shared with whoever else uses it."""
+    return {} if affine.keeps_scale else {1: round_to(scaled, weight.dtype, "the folded weight")}
+
+
+def _with_added(
+    node: ir.Node, constants: dict[int, Array], weight: Array, added: Float64, facts: Facts
+) -> Step | Refusal:
+    """Give a convolution its new weight, and what is to be added to its output: a bias or a map."""
     if not added.any():
         return Step((Rewrite(node, constants),))
     if added.size > added.shape[0]:
         sizes = _spatial_sizes(node.outputs[0], added.ndim - 1, facts)
-        if any(
-            size not in (1, known, None) and known is not None
-            for size, known in zip(added.shape[1:], sizes, strict=True)
-        ):
+        if any(size > 1 and known not in (None, size) for size, known in zip(added.shape[1:], sizes, strict=True)):
             return Refusal(Reason.PADDING, f"the output of {node.op_type} has another size than its padding makes")
-        border = Insert("Add", (round_to(added[None], weight.dtype, "the map of the borders"),))
-        return Step((Rewrite(node, constants, after=(border,)),))
+        border = round_to(added[None], weight.dtype, "the map of the borders")
+        return Step((Rewrite(node, constants, after=(Insert("Add", (border,)),)),))
     bias = _bias(node, weight, facts)
     if isinstance(bias, Refusal):
         return bias
@@ -563,8 +593,7 @@ def _with_added(node: ir.Node, weight: Array, scaled: Float64, added: Float64, f
         if bias.shape != total.shape:
             return Refusal(Reason.PARAMETER_SHAPE, f"the bias of {node.op_type} has shape {bias.shape}")
         total = total + bias.astype(np.float64)
-    constants[2] = round_to(total, weight.dtype, "the folded bias")
-    return Step((Rewrite(node, constants),))
+    return Step((Rewrite(node, {**constants, 2: round_to(total, weight.dtype, "the folded bias")}),))
 
 
 def _windows(node: ir.Node, kernel: Sequence[int], facts: Facts) -> list[Window] | Refusal:

@@ -209,6 +209,12 @@ class Facts:
         dtype = self.dtype(value)
         return dtype is not None and dtype.name in FLOATS
 
+    def adopt(self, value: ir.Value, like: ir.Value) -> None:
+        """Take over for a new value what is known of one of the same type and shape."""
+        known = self._inference(like)
+        if known is not None and self._inferred is not None:
+            self._inferred[value] = known
+
     def _inference(self, value: ir.Value) -> ir.Value | None:
         if value.producer() is None:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,33 +16,82 @@ from pybn.folding.affine import Array, is_supported
 from pybn.folding.files import first_line
 from pybn.folding.graph import Facts, attribute
 from pybn.folding.majorant import constant_array
-from pybn.folding.runtime import CheckError, Feeds
+from pybn.folding.runtime import CheckError, Feeds, Session
 from pybn.folding.segments import Segment
 
-BATCH_SIZES = (1, 2, 5)
-SPATIAL_SIZES = (32, 40, 56)
-OTHER_SIZES = (8, 12, 16)
+# Sizes for dynamic dimensions by what they seem to be, in the order in which they are tried on the model. Some models
+# take only multiples of 32, some only images large enough for all their strides, some only one size.
+SIZES = {
+    "batch": (1, 2, 3),
+    "image": (32, 40, 56, 64, 96, 128, 224, 256, 299, 384, 416, 512, 640),
+    "other": (8, 12, 16, 32, 64, 128, 256, 512),
+}
+VARIETY = 3
 CHUNK = 100
 
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
-def random_inputs(model: onnx.ModelProto, count: int, seed: int = 0) -> list[Feeds]:
-    """Draw inputs for a model; dynamic dimensions take several sizes.
+def random_inputs(model: onnx.ModelProto, count: int, seed: int = 0, *, folder: Path | None = None) -> list[Feeds]:
+    """Draw inputs for a model; dynamic dimensions take several sizes, of those that the model accepts.
 
     Floating-point inputs are standard normal, uint8 covers 0 to 255, other integers are 0 to 9,
     booleans are fair.
 
+    Parameters
+    ----------
+    model : onnx.ModelProto
+        It is run, if it has dynamic dimensions.
+    count : int
+        How many inputs to draw.
+    seed : int
+        The same seed gives the same inputs.
+    folder : path, optional
+        Where the model's external data are, if it has any.
+
     Raises
     ------
     CheckError
-        If an input is not a tensor of such a type.
+        If an input is not a tensor of such a type, or the model cannot be loaded.
     """
     rng = np.random.default_rng(seed)
+    sizes = _accepted_sizes(model, folder)
     return [
-        {info.name: _random_array(rng, _input_dtype(info), shape) for info, shape in _input_shapes(model, draw)}
-        for draw in range(count)
+        _draw(model, {kind: some[number % len(some)] for kind, some in sizes.items()}, rng) for number in range(count)
     ]
+
+
+def _accepted_sizes(model: onnx.ModelProto, folder: Path | None) -> dict[str, list[int]]:
+    """Find up to `VARIETY` sizes for each kind of dynamic dimension with which the model runs."""
+    kinds = {
+        _kind(axis)
+        for info in _required_inputs(model)
+        for axis, dim in enumerate(_dims(info))
+        if dim is None or isinstance(dim, str)
+    }
+    accepted = {kind: list(sizes[:VARIETY]) for kind, sizes in SIZES.items()}
+    if not kinds:
+        return accepted
+    session = Session(model, "the original model", folder=folder)
+    rng = np.random.default_rng(0)
+    chosen = {kind: sizes[0] for kind, sizes in accepted.items()}
+    # Images first: with a size that is none, no batch runs either.
+    for kind in sorted(kinds, key=("image", "other", "batch").index):
+        found: list[int] = []
+        for size in SIZES[kind]:
+            feeds = _draw(model, {**chosen, kind: size}, rng)
+            with contextlib.suppress(CheckError):
+                session.run(feeds)
+                found.append(size)
+            if len(found) == VARIETY:
+                break
+        if found:
+            accepted[kind], chosen[kind] = found, found[0]
+    return accepted
+
+
+def _draw(model: onnx.ModelProto, sizes: Mapping[str, int], rng: np.random.Generator) -> Feeds:
+    return {info.name: _random_array(rng, _input_dtype(info), shape) for info, shape in _input_shapes(model, sizes)}
 
 
 def load_inputs(model: onnx.ModelProto, path: str | Path) -> tuple[list[Feeds], npt.NDArray[Any] | None]:
@@ -181,19 +231,19 @@ def _dims(info: onnx.ValueInfoProto) -> list[int | str | None]:
     ]
 
 
-def _input_shapes(model: onnx.ModelProto, draw: int) -> Iterator[tuple[onnx.ValueInfoProto, list[int]]]:
+def _input_shapes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> Iterator[tuple[onnx.ValueInfoProto, list[int]]]:
     named: dict[str, int] = {}
     for info in _required_inputs(model):
         shape: list[int] = []
         for axis, dim in enumerate(_dims(info)):
-            if isinstance(dim, int):
-                shape.append(dim)
-                continue
-            sizes = BATCH_SIZES if axis == 0 else SPATIAL_SIZES if axis > 1 else OTHER_SIZES
-            size = sizes[draw % len(sizes)]
+            size = dim if isinstance(dim, int) else sizes[_kind(axis)]
             # One name is one size, wherever it appears.
-            shape.append(size if dim is None else named.setdefault(dim, size))
+            shape.append(named.setdefault(dim, size) if isinstance(dim, str) else size)
         yield info, shape
+
+
+def _kind(axis: int) -> str:
+    return "batch" if axis == 0 else "image" if axis > 1 else "other"
 
 
 def _random_array(rng: np.random.Generator, dtype: np.dtype[Any], shape: Sequence[int]) -> Array:

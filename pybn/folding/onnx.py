@@ -115,13 +115,33 @@ def _fold_proto(proto: onnx.ModelProto, folder: Path | None, options: Options) -
     report = fold_in_place(model, options)
     result = onnx.ModelProto()
     if report.folds:
-        result = ir.to_proto(model)
+        result = _serialize(model)
         _restore_descriptions(result.graph, proto.graph)
         files.validate(result, folder)
     else:
         # Nothing to fold: the very same bytes. So folding twice equals folding once.
         result.CopyFrom(proto)
     return FoldResult(result, report)
+
+
+def _serialize(model: ir.Model) -> onnx.ModelProto:
+    """Turn a model, which is spent by it, into a ModelProto.
+
+    The new weights move there one after the other, so that they are never all in memory twice.
+    """
+    moving: dict[str, ir.TensorProtocol] = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.Tensor):
+            moving[name] = tensor
+            stub = onnx.TensorProto(name=name, data_type=int(tensor.dtype), dims=tensor.shape.numpy())
+            value.const_value = ir.TensorProtoTensor(stub)
+        del tensor
+    result = ir.to_proto(model)
+    for initializer in result.graph.initializer:
+        if initializer.name in moving:
+            initializer.raw_data = moving.pop(initializer.name).tobytes()
+    return result
 
 
 def _restore_descriptions(result: onnx.GraphProto, original: onnx.GraphProto) -> None:

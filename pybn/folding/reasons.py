@@ -84,7 +84,7 @@ UNLOCK: dict[Reason, str] = {
     Reason.QUANTIZATION: "quantize the folded model instead",
     Reason.NARROWER_TYPE: "compute in the wider type from the start",
     Reason.SKIPPED: "leave it out of --skip, or name it in --only",
-    Reason.NO_GAIN: "use --aggressive, which also makes rewrites that save no operator",
+    Reason.NO_GAIN: "use --aggressive, which also makes rewrites that save no work",
 }
 
 

@@ -168,16 +168,16 @@ def _load_failure(error: Exception, what: str, ir_version: int) -> str:
 
 
 def time_models(
-    original: onnx.ModelProto, folded: onnx.ModelProto, feeds: Feeds, folders: Sequence[Path | None]
+    models: tuple[onnx.ModelProto, onnx.ModelProto], folders: tuple[Path | None, Path | None], feeds: Feeds
 ) -> Timing | None:
-    """Time both models interleaved, so that a busy moment of the machine hits both.
+    """Time the original and the folded model interleaved, so that a busy moment of the machine hits both.
 
     None if onnxruntime has no kernels for them: how long the reference takes means nothing.
     """
     sessions = [
         Session(model, "the model", optimise=optimise, folder=folder)
         for optimise in (False, True)
-        for model, folder in zip((original, folded), folders, strict=True)
+        for model, folder in zip(models, folders, strict=True)
     ]
     if not all(session.is_onnxruntime for session in sessions):
         return None

@@ -14,10 +14,15 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
+import numpy as np
 import onnx_ir as ir
 
 from pybn.folding.graph import Facts, Scope, scopes
+
+# File, offset and length of external data.
+Place: TypeAlias = tuple[str, int, int | None]
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ def segments(original: ir.Model, folded: ir.Model) -> list[Segment]:
         If a graph or subgraph is in one model only, or its outputs are not the same.
     """
     pairs = list(_paired_scopes(original, folded))
-    sides = (_Side(original), _Side(folded))
+    shared = _external_places(original) & _external_places(folded)
+    sides = (_Side(original, shared), _Side(folded, shared))
     for before, after in pairs:
         common = _common_names(before, after, sides)
         for side, scope in zip(sides, (before, after), strict=True):
@@ -127,10 +133,11 @@ def _common_names(before: Scope, after: Scope, sides: tuple[_Side, _Side]) -> se
 
 
 class _Side:
-    """What is known of the values of one of the two models."""
+    """What is known of the values of one of the two models, and which tensors need not be read to know them equal."""
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, shared: set[Place]) -> None:
         self.facts = Facts(model)
+        self._shared = shared
         # By the label of the graph and the name of the value: what it is computed from, as a digest.
         self.definitions: dict[str, dict[str, bytes]] = {}
         self._common: set[ir.Value] = set()
@@ -199,11 +206,27 @@ class _Side:
     def _digest(self, value: ir.Value) -> bytes:
         if value not in self._digests:
             tensor = value.const_value if self.is_constant(value) else None
-            # A graph input is in both models.
-            self._digests[value] = (
-                _hash(b"name", (value.name or "").encode()) if tensor is None else _tensor_digest(tensor)
-            )
+            place = None if tensor is None else _external_place(tensor)
+            if tensor is None:  # a graph input is in both models
+                digest = _hash(b"name", (value.name or "").encode())
+            elif place is not None and place in self._shared:
+                digest = _hash(b"place", repr((place, tensor.dtype, tensor.shape)).encode())
+            else:
+                digest = _tensor_digest(tensor)
+            self._digests[value] = digest
         return self._digests[value]
+
+
+def _external_places(model: ir.Model) -> set[Place]:
+    tensors = (value.const_value for scope in scopes(model) for value in scope.graph.initializers.values())
+    places = (_external_place(tensor) for tensor in tensors if tensor is not None)
+    return {place for place in places if place is not None}
+
+
+def _external_place(tensor: ir.TensorProtocol) -> Place | None:
+    if not isinstance(tensor, ir.ExternalTensor):
+        return None
+    return str(tensor.path), tensor.offset or 0, tensor.length
 
 
 def _operands(node: ir.Node) -> list[ir.Value]:
@@ -244,10 +267,17 @@ def _attribute_bytes(item: ir.Attr) -> bytes:
 
 
 def _tensor_digest(tensor: ir.TensorProtocol) -> bytes:
-    return _hash(b"constant", str(tensor.dtype).encode(), str(tuple(tensor.shape.numpy())).encode(), tensor.tobytes())
+    array = tensor.numpy()
+    # Strings are objects for NumPy. Anything else is hashed where it is, without a copy of it.
+    content = (
+        repr(array.tolist()).encode()
+        if array.dtype == object
+        else np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    )
+    return _hash(b"constant", str(tensor.dtype).encode(), str(array.shape).encode(), content)
 
 
-def _hash(*parts: bytes) -> bytes:
+def _hash(*parts: bytes | memoryview) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))

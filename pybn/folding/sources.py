@@ -93,7 +93,9 @@ def absorb_after(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Ste
             return Step((scaled,))
         if not total.scale.all():
             return Refusal(Reason.SHIFT_STAYS, f"a channel of {node.op_type} is scaled to 0, and a shift would be lost")
-        return Step((scaled,), ((source.data, _shift(total.shift / total.scale, total.axis)),))
+        inner = _shift(total.shift / total.scale, total.axis)
+        require_room(inner, facts.dtype(node.inputs[source.data]))
+        return Step((scaled,), ((source.data, inner),))
     # t + s x, with s = 1 or -1, becomes (a t + b) + s (a x).
     shifted = Affine(np.broadcast_to(own.scale, total.scale.shape), total.shift, total.axis)
     return Step((_chain_with(source, shifted, facts),), ((source.data, affine.only_scale()),))
@@ -120,7 +122,19 @@ def absorb_before(node: ir.Node, index: int, affine: Affine, facts: Facts) -> St
     sign = np.broadcast_to(own.scale, total.scale.shape)
     with np.errstate(over="ignore", invalid="ignore"):  # round_to reports what is not finite
         shifted = Affine(sign, total.shift / (sign * total.scale), total.axis)
+    require_room(shifted, facts.dtype(node.inputs[index]))
     return Step((_chain_with(source, shifted, facts),), ((0, affine.only_scale()),))
+
+
+# How large a shift may become in float16 on its way; the largest number is 65504.
+MOST_SHIFT_FLOAT16 = 4096.0
+
+
+def require_room(affine: Affine, dtype: np.dtype[Any] | None) -> None:
+    """Raise FoldError if a shift that was divided by a scale may make data overflow that did not before."""
+    largest = float(np.abs(affine.shift).max(initial=0.0))
+    if (dtype is None or dtype.name == "float16") and not largest <= MOST_SHIFT_FLOAT16:
+        raise FoldError(Reason.OUTSIDE_DTYPE, f"a shift would reach {largest:.4g} before it is scaled down, in float16")
 
 
 def _axes_apart(source: Source, affine: Affine) -> Refusal | None:
@@ -153,7 +167,9 @@ def remainder(source: Source, affine: Affine, facts: Facts) -> Remainder:
         If the constant overflows, or the type or rank of the data is unknown.
     """
     value = source.node.inputs[source.data]
-    dtype = facts.dtype(value)
+    dtype, opset = facts.dtype(value), facts.opset(source.node)
+    if opset < 7:
+        raise FoldError(Reason.OLD_OPSET, f"Add and Mul of opset {opset} broadcast in another way")
     if dtype is None:
         raise FoldError(Reason.TYPE_MISMATCH, f"the type of {source.node.op_type}'s data is unknown")
     values = affine.shift if affine.keeps_scale else affine.scale
@@ -285,6 +301,9 @@ def _batch_norm_with(source: Source, affine: Affine, facts: Facts) -> Rewrite:
     assert beta is not None
     assert mean is not None
     assert variance is not None
+    data = facts.dtype(node.inputs[0])
+    if data is not None and data.itemsize > min(gamma.itemsize, beta.itemsize):
+        raise FoldError(Reason.NARROWER_TYPE, f"the parameters are {gamma.dtype}, the data {data}")
     epsilon = float(attribute(node, "epsilon", DEFAULT_EPSILON))
     total = affine.over(gamma.size, 1)
     with np.errstate(over="ignore", invalid="ignore"):  # round_to reports what is not finite

@@ -8,12 +8,12 @@ compute in different ways, `pybn.folding.fold_proof` compares the two ways on th
 Where all pass, both models compute the same function, up to rounding, on these inputs.
 
 **The whole model.** The graph outputs of both models are compared. How far the differences of the segments may move
-them depends on the rest of the network, which is probed: an Add in the folded model moves the value of every segment,
-all at once, by random signs times its own bound. The largest movement over `PROBES` draws, plus one rounding of the
-output, times `SAFETY`, is the bound for that output. This is a first-order stochastic estimate of a worst case, not a
-proof: random signs do not add up as the worst signs would, but the actual errors are far below their bounds, too. (A
-proof would propagate absolute values: each layer then multiplies the bound by the ratio of a sum of absolute products
-to the sum itself, and after a few layers it says nothing. The proof is in the segments.)
+them depends on the rest of the network, which `pybn.folding.probing` measures: the bound of an output is `SAFETY` times
+its movement when every segment's value moves by its own measured difference, plus one rounding of the output. That is a
+first-order estimate. Where an output jumps (it is sorted, or has passed a threshold), it may miss; then what counts is
+the movement under random signs times the bounds of the segments. (A proof would propagate absolute values: each layer
+then multiplies the bound by the ratio of a sum of absolute products to the sum itself, and after a few layers it says
+nothing. The proof is in the segments.)
 
 A segment inside a subgraph, or a function that cannot be inlined, cannot be seen or probed from outside. Its own check
 then uses random activations, and the model's outputs are held to a plain tolerance, which the report says.
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,14 +37,14 @@ import onnx_ir as ir
 from google.protobuf.message import EncodeError
 
 from pybn.folding.affine import Array
-from pybn.folding.fold_proof import PRECISION, Evaluator, SegmentProof
+from pybn.folding.fold_proof import PRECISION, Evaluator, Local, SegmentProof
 from pybn.folding.inlining import inline, origin
 from pybn.folding.inputs import random_entries
+from pybn.folding.probing import Probe, expose
 from pybn.folding.report import Check, FoldReport, OutputCheck, Predictions
 from pybn.folding.runtime import CheckError, Feeds, Session, time_models
 from pybn.folding.segments import DifferentInterface, Segment, segments
 
-PROBES = 3
 SAFETY = 4.0
 # The tolerance where no bound is derived, in units of u times the largest output: for models whose segments cannot all
 # be probed, and for the runtime's optimiser, which may change the order of every sum.
@@ -52,10 +52,6 @@ TOLERANCE = 1e4
 
 # Models above this size, in bytes, are run from a file: one protobuf message holds 2 GiB at most.
 LARGE = 2**30
-
-SEEN = "pybn.seen."
-STILL = "pybn.still."
-DELTA = "pybn.delta."
 
 
 def verify(
@@ -98,7 +94,10 @@ def verify(
     if not inputs:
         raise CheckError("no inputs to check with")
     with _opened(original, folder) as before, _opened(folded, folder) as after:
-        return _Comparison(before, after, report).run(inputs, labels, progress)
+        found = _Comparison(before, after, report).run(inputs, labels, progress)
+        # All other sessions are gone by now, with their memory.
+        timing = time_models((before.proto, after.proto), (before.folder, after.folder), inputs[0])
+        return replace(found, timing=timing)
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,6 @@ class _Comparison:
     """The two models, and what has been found so far."""
 
     def __init__(self, before: _Model, after: _Model, report: FoldReport) -> None:
-        self._before, self._after = before, after
         graphs = inline(before.as_ir()), inline(after.as_ir())
         try:
             found = segments(*graphs)
@@ -163,11 +161,10 @@ class _Comparison:
         self._names = [output.name for output in before.proto.graph.output]
         self._seen = _visible_names(proofs, graphs[0])
         self._exposed = Session(
-            _expose(before.changed(graphs[0]), self._seen), "the original model", folder=before.folder
+            expose(before.changed(graphs[0]), self._seen), "the original model", folder=before.folder
         )
         self._folded = after.session("the folded model")
-        self._folded_graph = graphs[1]
-        self._probed: Session | None = None
+        self._probe = Probe(lambda: after.changed(graphs[1]), after.folder)
         self._optimised = [
             model.session(f"the {what} model, optimised", optimise=True)
             for model, what in ((before, "original"), (after, "folded"))
@@ -193,9 +190,7 @@ class _Comparison:
             outputs=tuple(tally.result() for tally in self._outputs.values()),
             runtime_optimiser=tuple(tally.result() for tally in self._runtime_original.values()),
             runtime_optimiser_folded=tuple(tally.result() for tally in self._runtime_folded.values()),
-            timing=time_models(
-                self._before.proto, self._after.proto, inputs[0], (self._before.folder, self._after.folder)
-            ),
+            timing=None,
             predictions=None
             if labels is None
             else _predictions(np.concatenate(classes_before), np.concatenate(classes_after), labels),
@@ -206,12 +201,12 @@ class _Comparison:
         results = self._exposed.run(feeds)
         expected, actual = results[: len(self._names)], self._folded.run(feeds)
         seen = {**feeds, **dict(zip(self._seen, results[len(self._names) :], strict=True))}
-        deltas = {proof.segment.name: proof.compare(seen, seen[proof.segment.name]) for proof in self._visible}
+        local = {proof.segment.name: proof.compare(seen, seen[proof.segment.name]) for proof in self._visible}
         if first:
             for proof in self._inside:
                 _compare_inside(proof, seen, self._rng)
         del seen, results
-        moved = self._movement(feeds, actual, deltas)
+        moved = self._movement(feeds, expected, actual, local)
         optimised = [session.run(feeds) for session in self._optimised]
         for tallies, was, now in (
             (self._outputs, expected, actual),
@@ -222,21 +217,20 @@ class _Comparison:
                 tallies[name].add(old, new, movement)
         return expected, actual
 
-    def _movement(self, feeds: Feeds, actual: list[Any], deltas: Mapping[str, Array]) -> list[float]:
-        """Measure how far each output moves when every segment's value moves by its bound."""
-        moved = [0.0] * len(actual)
-        deltas = {name: delta for name, delta in deltas.items() if delta.dtype.name in PRECISION}
+    def _movement(
+        self, feeds: Feeds, expected: list[Any], actual: list[Any], local: Mapping[str, Local]
+    ) -> list[float]:
+        """Return how far each output may be moved by the differences of the segments."""
         # A segment that has failed has no bound, and so neither have the outputs.
-        if not deltas or not all(proof.result().passed for proof in self._visible):
+        if not all(proof.result().passed for proof in self._visible):
+            return [0.0] * len(actual)
+        differences = {name: item.difference for name, item in local.items()}
+        moved = self._probe.movement(feeds, actual, differences, self._rng)
+        judged = zip(expected, actual, moved, strict=True)
+        if all(_is_within(old, new, movement) for old, new, movement in judged):
             return moved
-        if self._probed is None:
-            perturbed = _perturbed(self._after.changed(self._folded_graph), deltas)
-            self._probed = Session(perturbed, "the folded model, probed", folder=self._after.folder)
-        for _ in range(PROBES):
-            signs = {DELTA + name: _random_signs(self._rng, delta) for name, delta in deltas.items()}
-            probed = self._probed.run({**feeds, **signs})
-            moved = [max(far, _distance(value, base)) for far, value, base in zip(moved, probed, actual, strict=True)]
-        return moved
+        bounds = {name: item.bound for name, item in local.items()}
+        return self._probe.movement(feeds, actual, bounds, self._rng)
 
 
 def _folds_behind(segment: Segment, report: FoldReport) -> tuple[str, ...]:
@@ -283,26 +277,12 @@ class _OutputTally:
 
     def add(self, expected: Any, actual: Any, movement: float) -> None:
         """Compare one run. Tensors of floats are judged; anything else is counted."""
-        if not isinstance(expected, np.ndarray) or expected.dtype.name not in PRECISION:
+        if not _is_judged(expected):
             self.changed += _count_changes(expected, actual)
             return
-        if actual.shape != expected.shape:
-            self.passed, self.error = False, np.inf
-            return
-        unit = PRECISION[expected.dtype.name][0]
-        finite = np.isfinite(expected)
-        # Where the original overflows, so may the folded model: there is nothing to compare.
-        before = expected[finite].astype(np.float64)
-        after = actual[finite].astype(np.float64)
-        if not before.size:
-            return
-        largest = float(np.abs(before).max())
-        # One rounding of the output itself may always differ.
-        limit = SAFETY * (movement + unit * largest)
+        error, limit = _error_and_limit(expected, actual, movement)
         if not self.derived:
-            limit = max(limit, TOLERANCE * unit * largest)
-        difference = np.abs(after - before)
-        error = float(np.where(np.isnan(difference), np.inf, difference).max())
+            limit = max(limit, TOLERANCE * _rounding(expected))
         ratio = error / limit if limit else (0.0 if error == 0 else np.inf)
         self.passed = self.passed and ratio <= 1
         if ratio > self._ratio:
@@ -319,18 +299,33 @@ def _count_changes(expected: Any, actual: Any) -> int:
     return int(str(expected) != str(actual))
 
 
-def _distance(value: Any, base: Any) -> float:
-    """Return the largest finite difference of two tensors of floats; 0 for anything else."""
-    if not isinstance(base, np.ndarray) or base.dtype.name not in PRECISION:
-        return 0.0
-    with np.errstate(invalid="ignore", over="ignore"):
-        distance = np.abs(value.astype(np.float64) - base.astype(np.float64))
-    return float(np.where(np.isfinite(distance), distance, 0.0).max(initial=0.0))
+def _is_judged(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.name in PRECISION
 
 
-def _random_signs(rng: np.random.Generator, delta: Array) -> Array:
-    signs = rng.integers(0, 2, delta.shape, dtype=np.int8) * 2 - 1
-    return (delta * signs).astype(delta.dtype)
+def _is_within(expected: Any, actual: Any, movement: float) -> bool:
+    if not _is_judged(expected):
+        return True
+    error, limit = _error_and_limit(expected, actual, movement)
+    return error <= limit
+
+
+def _error_and_limit(expected: Array, actual: Array, movement: float) -> tuple[float, float]:
+    """Return the largest error, and the most that a movement of the output explains."""
+    if actual.shape != expected.shape:
+        return np.inf, 0.0
+    # Where the original overflows, so may the folded model: there is nothing to compare.
+    finite = np.isfinite(expected)
+    difference = np.abs(actual[finite].astype(np.float64) - expected[finite].astype(np.float64))
+    error = float(np.where(np.isnan(difference), np.inf, difference).max(initial=0.0))
+    # One rounding of the output itself may always differ.
+    return error, SAFETY * (movement + _rounding(expected))
+
+
+def _rounding(expected: Array) -> float:
+    """Return one rounding of the largest finite value."""
+    finite = expected[np.isfinite(expected)].astype(np.float64)
+    return PRECISION[expected.dtype.name][0] * float(np.abs(finite).max(initial=0.0))
 
 
 def _classes(scores: Array) -> Array:
@@ -349,31 +344,3 @@ def _predictions(before: Array, after: Array, labels: Array) -> Predictions:
         accuracy_before=float(np.mean(before == labels)),
         accuracy_after=float(np.mean(after == labels)),
     )
-
-
-def _expose(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """Make values of the main graph outputs of the model."""
-    for name in names:
-        # Identity, because a value may be an input or an output of the graph already.
-        model.graph.node.append(onnx.helper.make_node("Identity", [name], [SEEN + name]))
-        model.graph.output.append(onnx.ValueInfoProto(name=SEEN + name))
-    return model
-
-
-def _perturbed(model: onnx.ModelProto, deltas: Mapping[str, Array]) -> onnx.ModelProto:
-    """Add an input to each of these values of the main graph."""
-    types = {name: onnx.helper.np_dtype_to_tensor_dtype(delta.dtype) for name, delta in deltas.items()}
-    nodes: list[onnx.NodeProto] = []
-    for node in model.graph.node:
-        nodes.append(node)
-        for index, name in enumerate(node.output):
-            element = types.get(name)
-            if element is None:
-                continue
-            node.output[index] = STILL + name
-            nodes.append(onnx.helper.make_node("Add", [STILL + name, DELTA + name], [name]))
-            model.graph.input.append(onnx.helper.make_tensor_value_info(DELTA + name, element, None))
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
-    return model

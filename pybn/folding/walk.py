@@ -19,6 +19,9 @@ from pybn.folding.graph import AttributeNotConstant, Facts, display_name, standa
 from pybn.folding.reasons import FoldError, Reason, Refusal
 from pybn.folding.steps import Rewrite, Rule, Step
 
+# Operators whose broadcasting is that of NumPy only since an opset.
+BROADCASTS_SINCE = {"Add": 7, "Sub": 7, "Mul": 7, "Div": 7, "PRelu": 7, "Max": 8, "Min": 8, "Sum": 8}
+
 # How far a map is carried: each level is two Python frames, whose number is limited.
 DEEPEST = 200
 # How many rules are asked for one plan, alternatives included.
@@ -95,9 +98,10 @@ class Walk:
         step = self._ask(BACKWARD, producer, producer.outputs.index(value), affine, visited, depth)
         if isinstance(step, Refusal):
             return step
+        cheapest: Plan | None = None
         refusal: Refusal | None = None
         way: Step | None = step
-        while way is not None:
+        while way is not None and (cheapest is None or cheapest.cost > 0):
             # Only one value feeds `user` here, so everything that changes hangs on this producer.
             plan = self._visit(producer, way)
             for at, carry in way.carries:
@@ -107,10 +111,12 @@ class Walk:
                     break
                 plan += more
             else:
-                return Plan(changed=(value,)) + plan
+                if cheapest is None or plan.cost < cheapest.cost:
+                    cheapest = Plan(changed=(value,)) + plan
             way = way.otherwise
-        assert refusal is not None
-        return refusal
+        answer = cheapest or refusal
+        assert answer is not None
+        return answer
 
     def forward(
         self, affine: Affine, value: ir.Value, visited: frozenset[ir.Node] = frozenset(), depth: int = 0
@@ -137,9 +143,10 @@ class Walk:
         step = self._ask(FORWARD, node, index, affine, visited, depth)
         if isinstance(step, Refusal):
             return step
+        cheapest: Plan | None = None
         refusal: Refusal | None = None
         way: Step | None = step
-        while way is not None:
+        while way is not None and (cheapest is None or cheapest.cost > 0):
             plan = self._visit(node, way)
             for at, carry in way.carries:
                 output = node.outputs[at]
@@ -150,10 +157,12 @@ class Walk:
                 plan += more
                 plan += Plan(changed=() if carry.is_identity else (output,))
             else:
-                return plan
+                if cheapest is None or plan.cost < cheapest.cost:
+                    cheapest = plan
             way = way.otherwise
-        assert refusal is not None
-        return refusal
+        answer = cheapest or refusal
+        assert answer is not None
+        return answer
 
     def _ask(
         self,
@@ -184,11 +193,27 @@ class Walk:
             rule = sources.rule(node, self._facts, backward=backward) or table.get(op_type)
             if rule is None:
                 return Refusal(no_rule, f"{follows} {op_type}")
-            return rule(node, index, affine, self._facts)
+            self._require_broadcasting(node, op_type)
+            step = rule(node, index, affine, self._facts)
+            way = step if isinstance(step, Step) else None
+            while way is not None:
+                for rewrite in way.rewrites:
+                    self._require_broadcasting(
+                        node, *(insert.op_type for insert in rewrite.after), rewrite.op_type or op_type
+                    )
+                way = way.otherwise
+            return step
         except FoldError as error:
             return Refusal(error.reason, str(error))
         except AttributeNotConstant as error:
             return Refusal(Reason.ATTRIBUTE_NOT_CONSTANT, f"{error} of {op_type} is a parameter of the local function")
+
+    def _require_broadcasting(self, node: ir.Node, *op_types: str) -> None:
+        """Raise FoldError for an operator that broadcasts, where it did not yet, or in another way."""
+        opset = self._facts.opset(node)
+        for op_type in op_types:
+            if opset < BROADCASTS_SINCE.get(op_type, 0):
+                raise FoldError(Reason.OLD_OPSET, f"{op_type} of opset {opset} broadcasts in another way")
 
     @staticmethod
     def _visit(node: ir.Node, step: Step) -> Plan:

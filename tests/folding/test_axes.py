@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
@@ -19,6 +19,7 @@ from pybn.folding.reasons import Reason, Refusal
 from pybn.folding.steps import Step
 
 SEEDS = st.integers(0, 10**6)
+some = settings(max_examples=settings().max_examples // 2)
 DIRECTIONS = pytest.mark.parametrize("direction", ["forward", "backward"])
 
 
@@ -140,6 +141,7 @@ def random_factors(rng, shape):
 
 
 @DIRECTIONS
+@some
 @given(seed=SEEDS, how=st.sampled_from(["reshape", "reshape", "reshape", "flatten"]))
 def test_reshape_and_flatten(direction, seed, how):
     rng = np.random.default_rng(seed)
@@ -152,6 +154,7 @@ def test_reshape_and_flatten(direction, seed, how):
 
 
 @DIRECTIONS
+@some
 @given(seed=SEEDS, has_order=st.booleans())
 def test_transpose(direction, seed, has_order):
     rng = np.random.default_rng(seed)
@@ -161,6 +164,7 @@ def test_transpose(direction, seed, has_order):
 
 
 @DIRECTIONS
+@some
 @given(
     seed=SEEDS, opset=st.sampled_from([11, 17]), negative=st.booleans(), inverse=st.booleans(), all_ones=st.booleans()
 )
@@ -187,6 +191,7 @@ def test_squeeze_and_unsqueeze(direction, seed, opset, negative, inverse, all_on
 
 
 @DIRECTIONS
+@some
 @given(seed=SEEDS)
 def test_expand(direction, seed):
     rng = np.random.default_rng(seed)
@@ -198,6 +203,7 @@ def test_expand(direction, seed):
 
 
 @DIRECTIONS
+@some
 @given(seed=SEEDS, mode=st.sampled_from(["DCR", "CRD", None, "inverse"]), block=st.integers(1, 3))
 def test_depth_to_space_and_back(direction, seed, mode, block):
     rng = np.random.default_rng(seed)

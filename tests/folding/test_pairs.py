@@ -7,6 +7,8 @@ import numpy as np
 import onnx
 import pytest
 from fold_models import batch_norm, bn_node, model, value
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import helper
 
 from pybn.folding import runtime
@@ -114,9 +116,11 @@ OPERANDS = {
 }
 
 
-def passed_pair(kind, change=lambda s: s):
+def passed_pair(kind, change=lambda s: s, rng=None, magnitude=1.0):
     nodes, along = PASSED[kind]
-    arrays = constants(np.random.default_rng(0))
+    arrays = constants(rng or np.random.default_rng(0))
+    arrays["w"] = arrays["w"] * np.float32(magnitude)
+    arrays["s"] = arrays["s"] / np.float32(magnitude)
     used = {name: array for name, array in {**OPERANDS, **arrays}.items() if any(name in item.input for item in nodes)}
     conv = node("Conv", "x w", "c")
     shape = ["N", 3, 8, 8]
@@ -400,3 +404,177 @@ def test_the_optimiser_may_be_wrong_on_both():
     assert result.folds == ()
     assert result.passed
     assert result.runtime_at_fault == ("original", "folded")
+
+
+# What cannot be seen from outside
+
+
+def block(scale, opset=17, attribute=False):
+    """A function of Conv and Mul; its input has no declared shape."""
+    arrays = constants(np.random.default_rng(10))
+    nodes = [node("Constant", "", "w", value=onnx.numpy_helper.from_array(scaled(arrays["w"], scale)))]
+    if np.ndim(scale):
+        nodes.append(node("Conv", "a w", "b"))
+    else:
+        nodes += [
+            node("Constant", "", "s", value=onnx.numpy_helper.from_array(arrays["s"])),
+            node("Conv", "a w", "c"),
+            node("Mul", "c s", "b"),
+        ]
+    if attribute:
+        slope = node("LeakyRelu", "b", "d")
+        slope.attribute.append(onnx.AttributeProto(name="alpha", ref_attr_name="slope", type=onnx.AttributeProto.FLOAT))
+        nodes.append(slope)
+    parameters = ["slope"] if attribute else []
+    last = "d" if attribute else "b"
+    return helper.make_function("local", "Block", ["a"], [last], nodes, [helper.make_opsetid("", opset)], parameters)
+
+
+def called(function, opset=17, **attributes):
+    imports = [helper.make_opsetid("", opset), helper.make_opsetid("local", 1)]
+    nodes = [
+        node("Relu", "x", "r"),
+        helper.make_node("Block", ["r"], ["h"], domain="local", **attributes),
+        helper.make_node("Block", ["x"], ["k"], domain="local", **attributes),
+        node("Add", "h k", "y"),
+    ]
+    return model(nodes, {}, ["N", 3, 6, 6], [None] * 4, functions=[function], opset_imports=imports)
+
+
+@pytest.mark.parametrize("opset", [17, 16])
+def test_a_fold_in_a_function_is_proven_whether_or_not_it_can_be_inlined(opset):
+    right = constants(np.random.default_rng(10))["s"].ravel()
+    row = fold_row("mul", "b", graph="function local::Block")
+    before = called(block(1.0), opset)
+    result = check(before, called(block(right), opset), row)
+    assert result.passed
+    # Inlined, each call is compared on its own activations; otherwise the function, on random ones.
+    assert [fold.output for fold in result.folds] == (["h", "k"] if opset == 17 else ["b"])
+    assert {fold.folds for fold in result.folds} == {("mul",)}
+    assert all(0 < fold.error <= fold.bound < 1e-3 for fold in result.folds)
+    assert [output.derived for output in result.outputs] == [opset == 17]
+    wrong = check(before, called(block(np.roll(right, 1)), opset), row)
+    assert {folds for _, folds in failures(wrong)} == {("mul",)}
+
+
+def test_parameters_of_functions_have_their_values_in_the_check():
+    right = constants(np.random.default_rng(10))["s"].ravel()
+    before, after = (called(block(scale, attribute=True), slope=0.3) for scale in (1.0, right))
+    result = check(before, after)
+    assert result.passed
+    assert len(result.folds) == 2
+
+
+def looped(folded=False, roll=0):
+    """A Loop whose body convolves what it carries from one turn to the next."""
+    rng = np.random.default_rng(11)
+    arrays = {
+        "w": rng.normal(size=(3, 3, 1, 1)).astype("float32"),
+        "s": rng.uniform(0.2, 1, (3, 1, 1)).astype("float32"),
+    }
+    nodes = [node("Identity", "go", "on"), node("Conv", "v w", "c"), node("Mul", "c s", "t")]
+    if folded:
+        arrays = {"w": scaled(arrays["w"], np.roll(arrays["s"].ravel(), roll))}
+        nodes[1:] = [node("Conv", "v w", "t")]
+    counter = helper.make_tensor_value_info("i", onnx.TensorProto.INT64, [])
+    goes, on = (helper.make_tensor_value_info(name, onnx.TensorProto.BOOL, []) for name in ("go", "on"))
+    carried = [value("v", ["N", 3, None, None]), value("t", None)]
+    body = helper.make_graph(nodes, "body", [counter, goes, carried[0]], [on, carried[1]])
+    loop = helper.make_node("Loop", ["turns", "", "x"], ["y"], name="loop", body=body)
+    return model([loop], {"turns": np.array(2), **arrays}, ["N", 3, 4, 4], [None] * 4)
+
+
+def test_a_fold_in_the_body_of_a_loop_is_compared_on_random_activations():
+    row = fold_row("mul", "t", graph="main/loop.body")
+    result = check(looped(), looped(folded=True), row)
+    assert result.passed
+    [fold] = result.folds
+    assert (fold.output, fold.graph, fold.folds) == ("t", "main/loop.body", ("mul",))
+    assert 0 < fold.error <= fold.bound < 1e-3
+    assert failures(check(looped(), looped(folded=True, roll=1), row)) == [("t", ("mul",))]
+
+
+def test_what_cannot_be_run_by_itself_is_left_to_the_comparison_of_the_models():
+    def pooled(inner):
+        nodes = [node("AveragePool", "a", inner, kernel_shape=[2, 2]), node("Neg", inner, "d")]
+        nodes[1:1] = [] if inner == "b" else [node("Identity", inner, "e")]
+        nodes[-1].input[0] = "b" if inner == "b" else "e"
+        function = helper.make_function("local", "Block", ["a"], ["d"], nodes, [helper.make_opsetid("", 16)])
+        return called(function)
+
+    result = check(pooled("b"), pooled("c"))
+    assert result.passed
+    [fold] = result.folds
+    assert "not compared by itself, only within the model: the type of 'a' is unknown" in fold.detail
+    assert [output.derived for output in result.outputs] == [False]
+
+
+# Old opsets
+
+
+@pytest.mark.parametrize("opset", [6, 7, 9, 10, 11, 13, 15])
+def test_opsets_back_to_those_that_onnxruntime_does_not_run(opset):
+    rng = np.random.default_rng(12)
+    weight = rng.normal(size=(C, 3, 3, 3)).astype("float32")
+    parameters = batch_norm(rng, C)
+    a, b = affine_of(parameters)
+    mode = {"is_test": 1} if opset < 7 else {}
+    limits = {"min": 0.0, "max": 6.0} if opset < 11 else {}
+    operands = {} if limits else {"low": np.array(0, "float32"), "high": np.array(6, "float32")}
+    clip = node("Clip", "n" if limits else "n low high", "y", **limits)
+    nodes = [node("Conv", "x w", "c"), bn_node("c", "n", **mode), clip]
+    before = model(nodes, {"w": weight, **parameters, **operands}, ["N", 3, 5, 5], [None] * 4, opset=opset)
+    arrays = {"w": scaled(weight, a), "c": b.astype("float32"), **operands}
+    after = model([node("Conv", "x w c", "n"), clip], arrays, ["N", 3, 5, 5], [None] * 4, opset=opset)
+    result = check(before, after, fold_row("bn", "n"))
+    assert result.passed
+    assert (result.timing is None) == (opset == 6)
+    [fold] = result.folds
+    assert 0 < fold.error <= fold.bound < 1e-3
+
+
+# The bound
+
+
+@given(kind=st.sampled_from(sorted(PASSED)), seed=st.integers(0, 10**6), exponent=st.integers(-37, 36))
+@settings(max_examples=settings.default.max_examples // 5)
+def test_right_folds_pass_at_every_magnitude(kind, seed, exponent):
+    before, after = passed_pair(kind, rng=np.random.default_rng(seed), magnitude=10.0**exponent)
+    assert check(before, after, count=1).passed
+
+
+# Large models
+
+
+def with_table(proto, rows):
+    """Add a lookup in a table of 1 kB a row, which is in a file."""
+    table = proto.graph.initializer.add(name="table", data_type=onnx.TensorProto.FLOAT, dims=[rows, 256])
+    table.data_location = onnx.TensorProto.EXTERNAL
+    for key, entry in (("location", "table.bin"), ("offset", "0"), ("length", str(rows * 1024))):
+        table.external_data.add(key=key, value=entry)
+    proto.graph.input.append(helper.make_tensor_value_info("row", onnx.TensorProto.INT64, [1]))
+    proto.graph.node.append(node("Gather", "table row", "found"))
+    proto.graph.output.append(value("found", [1, 256]))
+    return proto
+
+
+def test_a_model_of_more_than_two_gigabytes_is_checked_from_its_files(tmp_path):
+    rows = 2_200_000
+    with (tmp_path / "table.bin").open("wb") as file:
+        file.truncate(rows * 1024)  # sparse: it takes no space
+    before, after = (with_table(proto, rows) for proto in typed_pair("float32"))
+    inputs = random_inputs(before, 1, folder=tmp_path)
+    result = verify(before, after, FoldReport((fold_row("bn", "n"),)), inputs, folder=tmp_path)
+    assert result.passed
+    assert [fold.output for fold in result.folds] == ["n"]
+    wrong = typed_pair("float32", off=1.01)[1]
+    result = verify(before, with_table(wrong, rows), FoldReport((fold_row("bn", "n"),)), inputs, folder=tmp_path)
+    assert failures(result) == [("n", ("bn",))]
+
+
+def test_a_model_too_large_for_one_message_is_run_from_a_file(monkeypatch):
+    monkeypatch.setattr("pybn.folding.verify.LARGE", 100)
+    right = check(*typed_pair("float32"), fold_row("bn", "n"))
+    assert right.passed
+    assert [fold.folds for fold in right.folds] == [("bn",)]
+    assert failures(check(*typed_pair("float32", off=1.01), fold_row("bn", "n"))) == [("n", ("bn",))]

@@ -634,23 +634,51 @@ def test_the_page_of_a_densenet_is_small():
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_the_address_filters_and_sorts_in_a_browser(tmp_path):
+def dom(tmp_path, text, fragment=""):
+    """What Chromium makes of a page."""
     page = tmp_path / "page.html"
-    page.write_text(render_html(full()), encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    address = f"{page.as_uri()}#status=left&kind=bn&q=FOLLOWS%20relu&sort=-name"
-    dump = subprocess.run(
-        [CHROMIUM, *options, "--virtual-time-budget=2000", "--dump-dom", address],
+    return subprocess.run(
+        [CHROMIUM, *options, "--virtual-time-budget=2000", "--dump-dom", page.as_uri() + fragment],
         capture_output=True, text=True, timeout=60, check=True,
     ).stdout  # fmt: skip
-    rows = re.findall(r'<tr id="row-(\d)"([^>]*)>', dump)
-    assert [number for number, rest in rows if 'hidden=""' not in rest] == ["3"]
-    shift, scale = (next(i for i, (number, _) in enumerate(rows) if number == row) for row in "52")
-    assert shift < scale  # by name, descending
+
+
+def row_order(dump):
+    return [number for number, _ in re.findall(r'<tr id="row-(\d)"([^>]*)>', dump)]
+
+
+def rows_shown(dump):
+    return [number for number, rest in re.findall(r'<tr id="row-(\d)"([^>]*)>', dump) if 'hidden=""' not in rest]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_address_filters_and_sorts_in_a_browser(tmp_path):
+    dump = dom(tmp_path, render_html(full()), "#status=left&kind=bn&q=FOLLOWS%20relu&sort=-name")
+    assert rows_shown(dump) == ["3"]
+    assert row_order(dump)[:2] == ["5", "2"]  # shift, scale: by name, descending
     assert "1 of 6 rows" in dump
     assert 'aria-sort="descending"' in dump
     assert "<title>net.onnx: fold report</title>" in dump  # no name has run
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_what_is_typed_and_clicked_in_a_browser_goes_into_the_address(tmp_path):
+    hand = """
+      const search = document.querySelector("input");
+      search.value = "conv";
+      search.dispatchEvent(new Event("input", { bubbles: true }));
+      const header = document.querySelector(".rows [data-key=scale] button");
+      header.click();
+      header.click();
+      document.title = location.hash;
+    """
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", render_html(full()))
+    dump = dom(tmp_path, text.replace("</body>", f"<script>{hand}</script></body>"))
+    assert "<title>#q=conv&amp;sort=-scale</title>" in dump
+    assert rows_shown(dump) == ["1", "2"]
+    assert row_order(dump)[-3:] == ["3", "4", "5"]  # which have no scale, and so come last in either order
 
 
 # The picture
@@ -704,7 +732,7 @@ def test_text_lists_batch_norms_and_counts_the_others(capsys):
 
 def test_text_of_a_large_model_is_short_and_names_what_failed(capsys):
     rows = (*(folded(f"bn{i}") for i in range(60)), folded("last", route=("Add", "Conv")))
-    stays = tuple(left(f"left{i}", reason=Reason.GRAPH_OUTPUT) for i in range(30))
+    stays = tuple(left(f"left{i}", reason=Reason.GRAPH_OUTPUT, detail=f"it is output {i}") for i in range(30))
     check = replace(
         full().check,
         folds=(FoldCheck("a", "main", ("bn7",), 1.0, 0.1, False), FoldCheck("b", "main", ("bn8",), 0.1, 1.0, True)),
@@ -719,6 +747,15 @@ def test_text_of_a_large_model_is_short_and_names_what_failed(capsys):
     assert any(line.startswith("30 graph-output left0") for line in lines)
     assert len(lines) < 20
     assert len(printed(capsys, large, everything=True).splitlines()) > 90
+
+
+def test_text_says_the_same_of_several_once(capsys):
+    alike = FoldReport((left("a"), left("b"), left("c", detail="it follows Sigmoid"), left("d")))
+    lines = [" ".join(line.split()) for line in printed(capsys, alike).splitlines()]
+    assert any(line.startswith("a and 2 more no-linear-producer it follows Relu") for line in lines)
+    assert any(line.startswith("c no-linear-producer it follows Sigmoid") for line in lines)
+    everything = printed(capsys, alike, everything=True)
+    assert all(f"\n{name} " in everything for name in "abcd")
 
 
 def test_text_shows_a_failed_fold_that_is_no_batch_norm(capsys):

@@ -199,7 +199,7 @@ def test_affine_of_absent_parameters():
     affine = Affine.from_batch_norm(np.array([2.0]), np.array([3.0]), None, None, 1.0)
     assert affine.scale.tolist() == [0.5]
     assert affine.shift.tolist() == [-1.0]
-    assert affine.without_shift().shift.tolist() == [0.0]
+    assert affine.only_scale().shift.tolist() == [0.0]
 
 
 @given(st.integers(0, 2**62), st.booleans())

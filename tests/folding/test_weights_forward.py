@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
@@ -24,6 +24,7 @@ from pybn.folding.weights_forward import (
 )
 
 SEEDS = st.integers(0, 10**6)
+some = settings(max_examples=settings().max_examples // 2)
 
 
 def random_affine(rng, channels):
@@ -65,6 +66,7 @@ def torch_conv(x, weight, windows, groups):
     ).numpy()
 
 
+@some
 @given(SEEDS, st.integers(1, 3), st.sampled_from([1, 1, 2, 3]), st.booleans(), st.sampled_from([0, 1, 3]))
 def test_conv_of_a_mapped_input_is_the_folded_conv(seed, dims, groups, depthwise, largest_padding):
     rng = np.random.default_rng(seed)
@@ -105,6 +107,7 @@ def test_padding_out_of_reach_of_the_kernel_makes_no_map():
     assert conv_reach(Window(2, stride=2, end=1), 4).shape == (2, 1)
 
 
+@some
 @given(
     SEEDS,
     st.integers(1, 3),
@@ -143,6 +146,7 @@ def test_conv_transpose_of_a_mapped_input_is_the_folded_one(seed, dims, per_grou
     np.testing.assert_allclose(convolve(x, scaled) + added, convolve(apply(affine, x), weight), rtol=0, atol=1e-12)
 
 
+@some
 @given(
     size=st.integers(3, 12),
     kernel=st.integers(1, 4),
@@ -172,6 +176,7 @@ def test_matrix_product_of_a_mapped_input_is_the_folded_one(axis):
     np.testing.assert_allclose(actual, (affine.scale * x + affine.shift) @ matrix, rtol=0, atol=1e-13)
 
 
+@some
 @given(SEEDS)
 def test_share_of_data_is_the_average_of_padded_ones(seed):
     rng = np.random.default_rng(seed)
