@@ -111,7 +111,11 @@ def _size(count: int) -> str:
 
 
 def _change(before: float, after: float) -> str:
-    return f"{after / before - 1:+.0%}".replace("-", "−") if before > 0 and math.isfinite(after) else ""
+    """Say how much longer or shorter a time is, in whole per cent."""
+    if not (before > 0 and math.isfinite(after)):
+        return ""
+    percent = round(100 * (after / before - 1))
+    return f"{'+' if percent > 0 else '−' if percent < 0 else '±'}{abs(percent)}%"
 
 
 def _start_of(text: str, length: int) -> str:
