@@ -35,6 +35,8 @@ SMALLEST = 64
 # The mantissa of a stored scale: 2**-32 is well below the rounding of float32 divided by its elements.
 SCALE_MASK = np.uint64(2**64 - 2**20)
 BITS_PER_SCALE = 48
+# Differences are digits, four in a byte; this one says that the difference is among the large ones, which follow.
+ESCAPE = 3
 # How many tensors of the right type and shape are tried if none has the right name.
 CANDIDATES = 4
 # What a stored text may grow to: a damaged or hostile one must not fill the memory.
@@ -144,7 +146,7 @@ def store(folded: onnx.ModelProto, original: bytes, data_files: Mapping[str, byt
     described = json.dumps({"folded": content_hash(folded), "files": [asdict(file) for file in header]}).encode()
     plain[0] = len(described).to_bytes(4, "little") + described
     # Differences are noise: what helps is a code of few bits for the few values there are, not a search for repeats.
-    noise = zlib.compressobj(6, strategy=zlib.Z_RLE)
+    noise = zlib.compressobj(6, strategy=zlib.Z_FILTERED)
     streams = [zlib.compress(b"".join(plain), 9), noise.compress(b"".join(differences)) + noise.flush()]
     text = base64.b64encode(len(streams[0]).to_bytes(4, "little") + b"".join(streams)).decode()
     folded.metadata_props.add(key=KEY, value=f"{VERSION} {text}")
@@ -314,13 +316,14 @@ def _predict(payload: Payload, sources: Sequence[onnx.TensorProto], layouts: _La
         for view, factors in layouts.of(payload.dims):
             scales = _fit(original.reshape(view), folded.reshape(view), factors)
             missed = _zigzag(_ordered(original) - _ordered(_divide(folded.reshape(view), scales).reshape(-1)))
-            bits = float(np.log2(missed + 1.0).sum()) + BITS_PER_SCALE * sum(scale.size for scale in scales)
+            large = int(np.count_nonzero(missed >= ESCAPE))
+            bits = missed.size + 8 * missed.itemsize * large + BITS_PER_SCALE * sum(scale.size for scale in scales)
             if bits < fewest:
                 fewest = bits
                 stored = b"".join(scale.tobytes() for scale in scales)
                 part = Part(start, length, number, folded.reshape(view).shape, factors)
-                best = part, stored, _planes(missed)
-            if fewest < 2 * original.size:
+                best = part, stored, _packed(missed)
+            if large < missed.size / 2:  # this is how it was scaled; the others are channels that became zero
                 return best
     return best
 
@@ -338,7 +341,7 @@ def _restore_part(part: Part, sources: Sequence[onnx.TensorProto], plain: _Reade
         shape = _scale_shape(part.view, axes)
         scales.append(np.frombuffer(plain.read(8 * int(np.prod(shape))), np.float64).reshape(shape))
     predicted = _ordered(_divide(folded, scales).reshape(-1))
-    missed = _from_planes(differences.read(part.length), dtype.itemsize)
+    missed = _unpacked(differences, predicted.size, predicted.dtype)
     return _unordered(predicted + _unzigzag(missed), dtype).tobytes()
 
 
@@ -427,14 +430,24 @@ def _unzigzag(numbers: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return signed
 
 
-def _planes(numbers: npt.NDArray[Any]) -> bytes:
-    """Store all lowest bytes first: the others are mostly 0."""
-    return np.ascontiguousarray(numbers).view(np.uint8).reshape(-1, numbers.dtype.itemsize).T.tobytes()
+def _packed(numbers: npt.NDArray[Any]) -> bytes:
+    """Store four digits in a byte, and after them the numbers that are too large for one.
+
+    A code of whole bits for every byte, as zlib has, then wastes little for every number.
+    """
+    digits = np.zeros(-(-numbers.size // 4) * 4, np.uint8)
+    digits[: numbers.size] = np.minimum(numbers, ESCAPE)
+    packed = digits[0::4] | digits[1::4] << 2 | digits[2::4] << 4 | digits[3::4] << 6
+    return packed.tobytes() + numbers[numbers >= ESCAPE].tobytes()
 
 
-def _from_planes(data: bytes, itemsize: int) -> npt.NDArray[Any]:
-    planes = np.frombuffer(data, np.uint8).reshape(itemsize, -1)
-    return np.ascontiguousarray(planes.T).view(f"u{itemsize}").reshape(-1)
+def _unpacked(stream: _Reader, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    packed = np.frombuffer(stream.read(-(-count // 4)), np.uint8)
+    digits = np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], axis=1).reshape(-1)[:count]
+    numbers = digits.astype(dtype)
+    large = digits == ESCAPE
+    numbers[large] = np.frombuffer(stream.read(int(large.sum()) * dtype.itemsize), dtype)
+    return numbers
 
 
 __all__ = ["KEY", "content_hash", "forget", "is_reversible", "restore", "store"]
