@@ -124,25 +124,6 @@ def matmul(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Re
     return Step((Rewrite(node, constants, after=(Insert("Add", (bias,)),)),))
 
 
-def normalization(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
-    """InstanceNormalization and LayerNormalization end with a map per channel, which takes up another."""
-    is_instance = node.op_type == "InstanceNormalization"
-    axis, last = 1, False
-    if not is_instance:
-        rank = facts.rank(node.inputs[0])
-        if rank is None:
-            return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the rank of LayerNormalization's data is unknown")
-        axis, last = rank - 1, True
-    operands = _weight_and_bias(node, facts, weight_rank=1)
-    if isinstance(operands, Refusal):
-        return operands
-    weight, bias = operands
-    if last and attribute(node, "axis", -1) not in (-1, axis):
-        return Refusal(Reason.CHANNEL_AXIS, "LayerNormalization is over several axes")
-    per_channel = affine.over(weight.size, axis)
-    return _absorb(node, per_channel, weight, scale_axis(weight, per_channel.scale, 0), bias)
-
-
 # Operators that a map passes
 
 
@@ -517,8 +498,6 @@ BACKWARD: dict[str, Rule] = {
     "GlobalAveragePool": global_average_pool,
     "GlobalMaxPool": max_pool,
     "Identity": same,
-    "InstanceNormalization": normalization,
-    "LayerNormalization": normalization,
     "LeakyRelu": relu,
     "MatMul": matmul,
     "MaxPool": max_pool,

@@ -268,9 +268,10 @@ def moved(call: Call) -> Sequence[Known]:
 
 
 def greatest(call: Call) -> Sequence[Known]:
-    """Maximum pooling: the greatest majorant; the indices of maxima are not continuous."""
+    """Maximum pooling and other extremes: the greatest majorant. The indices of maxima are not continuous."""
     x = call.operand(0)
-    return [Majorant(call.run()[0], x.products, x.others)]
+    op_type = "ReduceMax" if call.node.op_type == "ReduceMin" else ""
+    return [Majorant(call.run(op_type=op_type)[0], x.products, x.others)]
 
 
 def identity(call: Call) -> Sequence[Known]:
@@ -491,6 +492,7 @@ RULES: dict[str, Rule] = {
     "Pad": pad,
     "ReduceMax": greatest,
     "ReduceMean": average,
+    "ReduceMin": greatest,
     "ReduceSum": average,
     "Relu": unchanged,
     "Reshape": moved,

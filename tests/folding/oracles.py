@@ -290,8 +290,6 @@ def _majorant_node(node: onnx.NodeProto) -> list[onnx.NodeProto]:
         return [helper.make_node("Neg", [mean], [f"{out}.mean"]), node]
     if node.op_type in ("Sub", "Neg", "Min", "ReduceMin"):
         node.op_type = {"Sub": "Add", "Neg": "Identity", "Min": "Max", "ReduceMin": "ReduceMax"}[node.op_type]
-    elif node.op_type in ("InstanceNormalization", "LayerNormalization"):
-        return _majorant_normalization(node)
     elif node.op_type in ("Relu", "Tanh", "LeakyRelu", "Abs"):
         return [helper.make_node("Identity", [first], [out])]
     elif node.op_type == "PRelu":
@@ -330,30 +328,6 @@ def describe(model: onnx.ModelProto, result: FoldResult) -> str:
         for row in result.report.rows
     )
     return "\n".join(["", printer.to_text(model), "became", printer.to_text(result.model), *rows])
-
-
-def _majorant_normalization(node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """Normalised values are below the square root of their number; 100 is more than that of any graph here."""
-    x, scale, bias = node.input
-    out = node.output[0]
-    most = tensor("", np.array(100.0))
-    data, number = f"{out}.data", f"{out}.number"
-    nodes = [
-        helper.make_node("Sub", [x, x], [f"{data}.zeros"]),
-        helper.make_node("Constant", [], [number], value=most),
-        helper.make_node("Add", [f"{data}.zeros", number], [data]),
-    ]
-    if node.op_type == "LayerNormalization":
-        return [
-            *nodes, helper.make_node("Mul", [data, scale], [f"{out}.scaled"]),
-            helper.make_node("Add", [f"{out}.scaled", bias], [out]),
-        ]  # fmt: skip
-    return [
-        *nodes,
-        helper.make_node("Sub", [scale, scale], [f"{out}.zeros"]),
-        helper.make_node("Exp", [f"{out}.zeros"], [f"{out}.ones"]),
-        helper.make_node("BatchNormalization", [data, scale, bias, f"{out}.zeros", f"{out}.ones"], [out]),
-    ]
 
 
 @contextlib.contextmanager

@@ -363,11 +363,6 @@ def upsample(net: Net, x: str) -> str:
     return net.since(9, "Upsample", x, {"scales": scales}, [np.array(scales, "float32")], mode="nearest")
 
 
-def instance_normalization(net: Net, x: str) -> str:
-    channels = net.shape(x)[1]
-    return net.node("InstanceNormalization", x, net.normal(channels), net.normal(channels), epsilon=1e-3)
-
-
 def reduce(net: Net, x: str, op_type: str = "ReduceMean") -> str:
     """The mean, or an extreme, over some of the spatial axes, which keep their place or go."""
     rank = net.rank(x)
