@@ -168,6 +168,7 @@ class _Engine:
             self._editor.replace(node, choice.rest.op_type, source.data, choice.rest.constant)
         else:
             self._editor.remove(node, source.data, moved.get(value, value), renamed=takes_name)
+        self._facts.forget()
 
     def _record(self, source: Source, choice: Choice) -> _Origin | None:
         """Note how a node was folded, before the graph changes."""

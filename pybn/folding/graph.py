@@ -123,6 +123,8 @@ class Facts:
         self.model = model
         self._opsets = {id(scope.graph): scope.opset for scope in scopes(model)}
         self._inferred: dict[ir.Value, ir.Value] | None = None
+        # What `sources.read` found: a long walk meets the same nodes again and again.
+        self.readings: dict[ir.Node, Any] = {}
 
     def opset(self, node: ir.Node) -> int:
         """Return the version of the standard operators that the node is written in."""
@@ -208,6 +210,10 @@ class Facts:
         """Say whether the elements are proven to be of one of the float types that can be folded."""
         dtype = self.dtype(value)
         return dtype is not None and dtype.name in FLOATS
+
+    def forget(self) -> None:
+        """Forget what was read of nodes, because the graph has changed."""
+        self.readings.clear()
 
     def adopt(self, value: ir.Value, like: ir.Value) -> None:
         """Take over for a new value what is known of one of the same type and shape."""

@@ -51,6 +51,13 @@ class Source:
 
 def read(node: ir.Node, facts: Facts) -> Source | Refusal | None:
     """Read a node as a map; None if it is no kind of map at all."""
+    if node not in facts.readings:
+        facts.readings[node] = _read(node, facts)
+    found: Source | Refusal | None = facts.readings[node]
+    return found
+
+
+def _read(node: ir.Node, facts: Facts) -> Source | Refusal | None:
     op_type = standard_type(node, facts.model)
     try:
         if op_type == "BatchNormalization":

@@ -25,7 +25,7 @@ BROADCASTS_SINCE = {"Add": 7, "Sub": 7, "Mul": 7, "Div": 7, "PRelu": 7, "Max": 8
 # How far a map is carried: each level is two Python frames, whose number is limited.
 DEEPEST = 200
 # How many rules are asked for one plan, alternatives included.
-MOST_STEPS = 2000
+MOST_STEPS = 250
 
 
 @dataclass(frozen=True)
