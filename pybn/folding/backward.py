@@ -518,7 +518,7 @@ BACKWARD: dict[str, Rule] = {
 
 
 def _weight_and_bias(
-    node: ir.Node, facts: Facts, *, weight_rank: int = 2, bias_rank: int | None = 1
+    node: ir.Node, facts: Facts, *, bias_rank: int | None = 1
 ) -> tuple[Array, Array | None] | Refusal:
     """Read inputs 1 and 2. An absent bias is a missing input, or one with an empty name."""
     inputs: list[ir.Value | None] = [*node.inputs, None, None]
@@ -527,7 +527,7 @@ def _weight_and_bias(
         return unavailable(facts, inputs[1], f"the weight of {node.op_type}", parameter=False)
     if not is_supported(weight.dtype):
         return _unsupported(weight, f"the weight of {node.op_type}")
-    if weight.ndim < weight_rank:
+    if weight.ndim < 2:
         return Refusal(Reason.PARAMETER_SHAPE, f"the weight of {node.op_type} is not a matrix")
     if inputs[2] is None:
         return weight, None
