@@ -517,9 +517,7 @@ BACKWARD: dict[str, Rule] = {
 }
 
 
-def _weight_and_bias(
-    node: ir.Node, facts: Facts, *, bias_rank: int | None = 1
-) -> tuple[Array, Array | None] | Refusal:
+def _weight_and_bias(node: ir.Node, facts: Facts, *, bias_rank: int | None = 1) -> tuple[Array, Array | None] | Refusal:
     """Read inputs 1 and 2. An absent bias is a missing input, or one with an empty name."""
     inputs: list[ir.Value | None] = [*node.inputs, None, None]
     weight = facts.constant(inputs[1])

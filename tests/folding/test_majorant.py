@@ -93,6 +93,7 @@ CASES = {
     "Pad": [(["x", "i_pads", "filling"], {}), (["x", "i_pads"], {"mode": "reflect"})],
     "ReduceMax": [(["x"], {"axes": [2, 3]})],
     "ReduceMean": [(["x"], {"axes": [2, 3], "keepdims": 0})],
+    "ReduceMin": [(["x"], {"axes": [2, 3]})],
     "ReduceSum": [(["x", "i_spatial"], {})],
     "Relu": [(["x"], {})],
     "Reshape": [(["x", "i_shape"], {})],
