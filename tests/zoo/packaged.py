@@ -49,7 +49,7 @@ def packaged() -> dict[str, Callable[[], onnx.ModelProto]]:
     for name, file in LIGHT.items():
         path = Path(onnx.__file__).parent / "backend/test/data/light" / file
         models[f"light {name}"] = partial(onnx.load, path)
-        models[f"light {name}, drawn"] = partial(drawn, path)
+        models[f"light {name} (drawn)"] = partial(drawn, path)
     models["MNIST CNN"] = partial(onnx.load, EXAMPLES / "mnist_cnn.onnx")
     rapidocr = find_spec("rapidocr_onnxruntime")
     if rapidocr is not None and rapidocr.origin is not None:

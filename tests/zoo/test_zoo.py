@@ -30,7 +30,7 @@ PARAMETERS = {
 AFTER_JOINS = {"pre-activation ResNet-50": 16, "DenseNet-121": 62}
 PACKAGED = packaged()
 # Those that are quickly run, the first also quickly judged; benchmarks/folders.py has all.
-QUICK = ("MNIST CNN", "light ShuffleNet, drawn")
+QUICK = ("MNIST CNN", "light ShuffleNet (drawn)")
 
 # Each is built and folded once; nothing here changes them.
 build = functools.cache(lambda name: (SMALL | PACKAGED)[name]())
