@@ -314,8 +314,7 @@ def test_weight_behind_a_transpose_or_a_cast(shared):
     assert "Transpose" not in kinds(result)
 
 
-def test_constant_of_a_function_stays_inside():
-    """Functions have no initializers: what a fold adds there is a Constant."""
+def test_weight_that_is_a_parameter_of_a_function_is_a_reason():
     inner = [
         helper.make_node("Conv", ["x", "w"], ["c"]),
         helper.make_node("Constant", [], ["k"], value_float=2.0),
@@ -332,7 +331,6 @@ def test_constant_of_a_function_stays_inside():
         functions=[function],
         opset_imports=imports,
     )
-    # The weight is a parameter of the function, so nothing is known of it.
     (left,) = fold_onnx(proto).report.left
     assert left.reason is Reason.WEIGHT_NOT_CONSTANT
 
