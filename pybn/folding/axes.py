@@ -42,16 +42,16 @@ def reshaped(affine: Affine, before: Dims, after: Dims) -> Affine | None:
     axis = affine.axis
     if axis is None:
         return affine
+    # Channels that are all the same are along any axis: what comes next may choose.
+    everywhere = _everywhere(affine)
+    if everywhere is not None:
+        return everywhere
     front = _common_prefix(before, after)
     if axis < front:
         return affine
     back = _common_prefix(before[front:][::-1], after[front:][::-1])
     if axis >= len(before) - back:
         return affine.along(axis + len(after) - len(before))
-    # Channels that are all the same are along any axis: what comes next may choose.
-    everywhere = _everywhere(affine)
-    if everywhere is not None:
-        return everywhere
     inner = _product(before[axis + 1 : len(before) - back])
     if inner is not None and before[axis] == affine.scale.size:
         for target in range(front, len(after) - back):
