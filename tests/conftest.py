@@ -5,6 +5,10 @@ import os
 import subprocess
 import sys
 
+# Read when OpenMP is loaded, so before pybn and torch are: idle threads that spin would take the cores of the other
+# workers of `pytest -n auto`.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import ml_dtypes
 import numpy as np
 import pytest

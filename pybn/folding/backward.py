@@ -368,8 +368,8 @@ def slice_(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Re
     if kept is None:
         return Step(carries=((0, affine),))
     whole = facts.size(value, affine.axis)
-    if whole is None:
-        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the channels of Slice's data are unknown")
+    if whole is None or kept[2] < 1:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the channels that Slice keeps, and their order, are not proven")
     positions = np.arange(whole)[slice(*kept)]
     # Where Python and ONNX disagree, about bounds before the start, the length tells.
     if positions.size != affine.scale.size or facts.size(node.outputs[0], affine.axis) != positions.size:
@@ -389,8 +389,6 @@ def _slice_ranges(node: ir.Node, facts: Facts) -> Mapping[int, tuple[int, int, i
             return None
     axes = list(range(len(starts))) if axes is None else axes
     steps = [1] * len(starts) if steps is None else steps
-    if min(steps, default=1) < 1:
-        return None
     return {axis: (start, end, step) for axis, start, end, step in zip(axes, starts, ends, steps, strict=True)}
 
 

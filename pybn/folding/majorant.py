@@ -410,8 +410,9 @@ def resize(call: Call) -> Sequence[Known]:
     """Resize and Upsample: nearest neighbours, or weighted means of neighbours along each axis."""
     x = call.operand(0)
     mode = call.attribute("mode", "nearest")
-    # The scales are float32 whatever the data is.
-    scales = {i: call.operand(i).size.astype(np.float32) for i in range(1, 3) if isinstance(call.optional(i), Majorant)}
+    # The scales are float32 whatever the data is, and a factor of 1 means that an axis stays as it is.
+    given = {i: call.operand(i) for i in (1, 2) if isinstance(call.optional(i), Majorant)}
+    scales = {i: (s.size if s.value is None else s.value).astype(np.float32) for i, s in given.items()}
     size = call.run(scales)[0]
     if mode == "nearest":
         return [Majorant(size, x.products, x.others)]
