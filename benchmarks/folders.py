@@ -180,7 +180,7 @@ def judge(tool: str, path: Path, name: str, *, check: bool) -> Outcome:
     except Exception as error:
         return Outcome("crash", detail=f"{type(error).__name__}: {first_line(error)}")
     seconds = time.perf_counter() - start
-    left = leftovers(folded)
+    left = leftovers(folded, original.ir_version)
     try:
         expected, actual = run(original, fed), run(folded, fed)
     except Exception as error:

@@ -48,9 +48,13 @@ class Leftovers:
         return f"{self.batch_norms}/{self.affines}"
 
 
-def leftovers(model: onnx.ModelProto) -> Leftovers:
-    """Count what is left in the main graph."""
-    graph = _Graph(model)
+def leftovers(model: onnx.ModelProto, ir_version: int | None = None) -> Leftovers:
+    """Count what is left in the main graph.
+
+    `ir_version` is that of the original: before 4, initializers listed among the inputs were
+    constants, which they do not cease to be when a tool writes a later one.
+    """
+    graph = _Graph(model, ir_version or model.ir_version)
     batch_norms = sum(_is(node, "BatchNormalization") for node in model.graph.node)
     return Leftovers(batch_norms, sum(graph.is_foldable(node) for node in model.graph.node))
 
@@ -68,7 +72,7 @@ class _Affine:
 class _Graph:
     """A graph with its values' producers, uses, constants and shapes."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, ir_version: int) -> None:
         graph = model.graph
         self.nodes = graph.node
         self.producers = {name: node for node in graph.node for name in node.output if name}
@@ -78,7 +82,7 @@ class _Graph:
                 self.uses[name].append(node)
         self.outputs = {output.name for output in graph.output}
         self.constants = {tensor.name for tensor in graph.initializer}
-        if model.ir_version >= 4:  # since then a caller may override those that are listed as inputs
+        if ir_version >= 4:  # since then a caller may override those that are listed as inputs
             self.constants -= {info.name for info in graph.input}
         # In topological order. Some tools leave the arithmetic of their folds to the runtime, as nodes.
         for node in graph.node:

@@ -110,6 +110,7 @@ def test_a_weight_that_the_caller_may_override_is_no_constant():
     mul = _node("Mul", "c number", "y")
     assert _affines(CONV, mul, overridable=("w",)) == 0
     assert _affines(CONV, mul, overridable=("w",), ir_version=3) == 1
+    assert leftovers(_model(CONV, mul, overridable=("w",)), ir_version=3).affines == 1
 
 
 def test_constants_may_be_computed_by_nodes():
