@@ -167,7 +167,8 @@ class Outcome:
         if self.status != "ok":
             return self.status
         wrong = "WRONG " if self.wrong else "fails its check " if self.passed is False else ""
-        return f"{self.batch_norms}/{self.affines} ({wrong}{self.error:.0e})"
+        error = f"{self.error:.0e}" if self.error else "0"
+        return f"{self.batch_norms}/{self.affines} ({wrong}{error})"
 
 
 def judge(tool: str, path: Path, name: str, *, check: bool) -> Outcome:
