@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -133,7 +134,8 @@ class Facts:
     def constant(self, value: ir.Value | None) -> npt.NDArray[Any] | None:
         """Return the array of a value that no run of the model can change, else None.
 
-        It may be an initializer or a Constant, and pass Identity, Cast and Transpose.
+        It may be an initializer, a Constant or a ConstantOfShape, and pass Identity, Cast, Transpose,
+        Unsqueeze, Squeeze and Reshape.
         """
         source = constant_source(value)
         if value is None or source is None or self.is_overridable(source):
@@ -144,8 +146,27 @@ class Facts:
         else:
             array = None if source.const_value is None else source.const_value.numpy()
         for node in reversed(_constant_path(value)):
-            array = None if array is None else _evaluate(node, array)
+            array = None if array is None else self._evaluate(node, array)
         return array
+
+    def _evaluate(self, node: ir.Node, array: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+        """Apply one of the operators that constants pass; None where its meaning is in doubt."""
+        if any(item.is_ref() for item in node.attributes.values()):
+            return None
+        if node.op_type not in _RESHAPED_BY:
+            return _evaluate(node, array)
+        # The axes are an input since opset 13, the shape since 5.
+        given = self.constant(node.inputs[1]) if len(node.inputs) > 1 else attribute(node, "axes", None)
+        if given is None:
+            return None
+        sizes = [int(size) for size in given]
+        try:
+            if node.op_type == "Reshape":
+                copied = not attribute(node, "allowzero", 0)
+                return array.reshape([array.shape[i] if copied and not n else n for i, n in enumerate(sizes)])
+            return (np.expand_dims if node.op_type == "Unsqueeze" else np.squeeze)(array, tuple(sizes))
+        except (ValueError, IndexError):  # what does not fit the array
+            return None
 
     def dequantized(self, value: ir.Value | None) -> Dequantized | None:
         """Return the integers and scales of a constant behind a DequantizeLinear, else None."""
@@ -236,11 +257,17 @@ def _agree(a: ir.Shape, b: ir.Shape) -> bool:
 
 
 # Operators that a constant may pass before it is used.
-_PASSED_BY_CONSTANTS = ("Identity", "Cast", "Transpose")
+_RESHAPED_BY = ("Unsqueeze", "Squeeze", "Reshape")
+_PASSED_BY_CONSTANTS = ("Identity", "Cast", "Transpose", "ConstantOfShape", *_RESHAPED_BY)
+# A ConstantOfShape of a hostile model may be of any size.
+_LARGEST_OF_SHAPE = 2**28
 
 
 def constant_source(value: ir.Value | None) -> ir.Value | None:
-    """Follow Identity, Cast and Transpose up to an initializer or the output of a Constant node."""
+    """Follow operators that constants pass up to an initializer or the output of a Constant node.
+
+    That of a ConstantOfShape is its shape.
+    """
     while value is not None:
         producer = value.producer()
         if producer is None:
@@ -266,14 +293,20 @@ def _constant_path(value: ir.Value) -> list[ir.Node]:
 
 
 def _evaluate(node: ir.Node, array: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
-    """Apply an Identity, Cast or Transpose to a constant; None where its meaning is in doubt."""
-    if any(item.is_ref() for item in node.attributes.values()):
-        return None
+    """Apply an Identity, Cast, Transpose or ConstantOfShape to a constant; None where its meaning is in doubt."""
     if node.op_type == "Transpose":
         permutation = attribute(node, "perm", tuple(reversed(range(array.ndim))))
         if sorted(permutation) != list(range(array.ndim)):
             return None
         return np.transpose(array, permutation)
+    if node.op_type == "ConstantOfShape":
+        value = attribute(node, "value", None)
+        filling = np.zeros(1, np.float32) if value is None else value.numpy()
+        if array.dtype != np.int64 or array.ndim != 1 or filling.size != 1 or (array < 0).any():
+            return None
+        if math.prod(map(int, array)) > _LARGEST_OF_SHAPE:
+            return None
+        return np.full(array, filling.reshape(()), filling.dtype)
     if node.op_type == "Cast":
         target = ir.DataType(attribute(node, "to", 0)).numpy()
         # Between floats only, and not from float64 to bfloat16, where runtimes round once or twice.
