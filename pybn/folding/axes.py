@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from pybn.folding.affine import Affine, Float64
-from pybn.folding.graph import Facts, attribute
+from pybn.folding.graph import Facts, attribute, integers
 from pybn.folding.reasons import Reason, Refusal
 from pybn.folding.steps import Rule, Step
 
@@ -167,22 +167,14 @@ def _removed_axes(node: ir.Node, facts: Facts) -> set[int] | None:
         # It removes what turns out to be 1, so every length has to be known.
         static = all(isinstance(dim, int) for dim in dims)
         return {axis for axis, dim in enumerate(dims) if dim == 1} if static else None
-    axes = _listed_axes(node, facts)
+    axes = integers(node, "axes", 1, facts)
     return None if axes is None else {axis % len(dims) for axis in axes}
 
 
 def _added_axes(node: ir.Node, facts: Facts) -> set[int] | None:
     """Return the axes that an Unsqueeze adds, numbered as those of its output."""
-    axes, dims = _listed_axes(node, facts), _dims(node.inputs[0], facts)
+    axes, dims = integers(node, "axes", 1, facts), _dims(node.inputs[0], facts)
     return None if axes is None or dims is None else {axis % (len(dims) + len(axes)) for axis in axes}
-
-
-def _listed_axes(node: ir.Node, facts: Facts) -> list[int] | None:
-    """Return ``axes``, an attribute before opset 13 and an input since."""
-    listed = attribute(node, "axes", None)
-    if listed is None and len(node.inputs) > 1:
-        listed = facts.constant(node.inputs[1])
-    return None if listed is None else [int(axis) for axis in np.ravel(listed)]
 
 
 def _without_axes(node: ir.Node, affine: Affine, axes: set[int]) -> Affine | Refusal:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from pybn.folding import axes
 from pybn.folding.affine import Affine, Array, Float64, is_supported, round_to
-from pybn.folding.graph import Facts, attribute, unavailable
+from pybn.folding.graph import Facts, attribute, input_of, integers, unavailable
 from pybn.folding.reasons import FoldError, Reason, Refusal
 from pybn.folding.steps import Insert, Quantized, Rewrite, Rule, Step
 from pybn.folding.weights import map_bias, scale_axis, scale_quantized, scale_transposed_conv
@@ -135,7 +135,7 @@ def same(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refu
 def dropout(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """Dropout in evaluation mode is the identity."""
     # Since opset 12 the mode is an input; from 7 to 11 the operator is for inference only.
-    mode = node.inputs[2] if len(node.inputs) > 2 else None
+    mode = input_of(node, 2)
     training = facts.opset(node) < 7 and not attribute(node, "is_test", 0)
     if mode is not None:
         value = facts.constant(mode)
@@ -213,19 +213,22 @@ def _before_reduction(node: ir.Node, affine: Affine, facts: Facts) -> Affine | R
     if affine.axis is None:
         return affine
     rank = facts.rank(node.inputs[0])
-    axes = _integers(node, "axes", 1, facts)
-    if rank is None or (axes is None and len(node.inputs) > 1 and node.inputs[1] is not None):
-        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"the axes of {node.op_type} are unknown")
-    if not axes:
-        keeps_all = axes is not None and attribute(node, "noop_with_empty_axes", 0)
-        reduced = set() if keeps_all else set(range(rank))
-    else:
-        reduced = {axis % rank for axis in axes}
+    if rank is None:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"the rank of {node.op_type}'s data is unknown")
+    reduced = reduced_axes(node, rank, facts)
     kept = [axis for axis in range(rank) if axis not in reduced]
     before = affine.axis if attribute(node, "keepdims", 1) else dict(enumerate(kept)).get(affine.axis)
     if before is None or before in reduced:
         return Refusal(Reason.CHANNEL_AXIS, f"{node.op_type} is over the axis of the channels")
     return affine.along(before)
+
+
+def reduced_axes(node: ir.Node, rank: int, facts: Facts) -> set[int]:
+    """Return the axes of its data that a reduction is over."""
+    listed = integers(node, "axes", 1, facts)
+    if listed:
+        return {axis % rank for axis in listed}
+    return set() if attribute(node, "noop_with_empty_axes", 0) else set(range(rank))
 
 
 def clip(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
@@ -240,7 +243,7 @@ def clip(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refu
     bounds: list[Float64 | None] = []
     dtype = None
     for position, name in ((1, "min"), (2, "max")):
-        value = node.inputs[position] if len(node.inputs) > position else None
+        value = input_of(node, position)
         if as_inputs and value is not None:
             array = facts.constant(value)
             if array is None:
@@ -360,17 +363,16 @@ def slice_(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Re
     value = node.inputs[0]
     if affine.axis is None:
         return Step(carries=((0, affine),))
-    ranges = _slice_ranges(node, facts)
     rank = facts.rank(value)
-    if ranges is None or rank is None:
-        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "what Slice keeps is unknown")
-    kept = {axis % rank: bounds for axis, bounds in ranges.items()}.get(affine.axis)
+    if rank is None:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the rank of Slice's data is unknown")
+    kept = slices(node, rank, facts).get(affine.axis)
     if kept is None:
         return Step(carries=((0, affine),))
     whole = facts.size(value, affine.axis)
-    if whole is None or kept[2] < 1:
+    if whole is None or kept.step < 1:
         return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the channels that Slice keeps, and their order, are not proven")
-    positions = np.arange(whole)[slice(*kept)]
+    positions = np.arange(whole)[kept]
     # Where Python and ONNX disagree, about bounds before the start, the length tells.
     if positions.size != affine.scale.size or facts.size(node.outputs[0], affine.axis) != positions.size:
         return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the channels that Slice keeps are not proven")
@@ -379,17 +381,23 @@ def slice_(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Re
     return Step(carries=((0, Affine(scale, shift, affine.axis)),))
 
 
-def _slice_ranges(node: ir.Node, facts: Facts) -> Mapping[int, tuple[int, int, int]] | None:
-    starts, ends = _integers(node, "starts", 1, facts), _integers(node, "ends", 2, facts)
-    if starts is None or ends is None or len(starts) != len(ends):
-        return None
-    axes, steps = _integers(node, "axes", 3, facts), _integers(node, "steps", 4, facts)
-    for position, found in ((3, axes), (4, steps)):
-        if found is None and len(node.inputs) > position and node.inputs[position] is not None:
-            return None
-    axes = list(range(len(starts))) if axes is None else axes
+def slices(node: ir.Node, rank: int, facts: Facts) -> Mapping[int, slice]:
+    """Return what a Slice keeps of the axes that it cuts; NumPy's slices mean the same as ONNX's.
+
+    Raises
+    ------
+    FoldError
+        If that is not constant.
+    """
+    names = ("starts", "ends", "axes", "steps")
+    starts, ends, cut, steps = (integers(node, name, at, facts) for at, name in enumerate(names, start=1))
+    if starts is None or ends is None:
+        raise FoldError(Reason.PARAMETER_SHAPE, "Slice lacks its starts or ends")
+    cut = list(range(len(starts))) if cut is None else [axis % rank for axis in cut]
     steps = [1] * len(starts) if steps is None else steps
-    return {axis: (start, end, step) for axis, start, end, step in zip(axes, starts, ends, steps, strict=True)}
+    if {len(ends), len(cut), len(steps)} != {len(starts)} or 0 in steps:
+        raise FoldError(Reason.PARAMETER_SHAPE, "the starts, ends, axes and steps of Slice contradict each other")
+    return {axis: slice(*bounds) for axis, *bounds in zip(cut, starts, ends, steps, strict=True)}
 
 
 def _within(part: Affine, start: int, whole: int) -> Affine:
@@ -403,13 +411,11 @@ def _within(part: Affine, start: int, whole: int) -> Affine:
 def pad(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
     """Pad of other axes than the channels': with zeros only a scale passes, with repetitions every map."""
     if affine.axis is not None:
-        pads = _integers(node, "pads", 1, facts)
+        pads = integers(node, "pads", 1, facts)
         rank = facts.rank(node.inputs[0])
         if pads is None or rank is None:
             return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the axes of Pad are unknown")
-        axes = _integers(node, "axes", 3, facts)
-        if axes is None and len(node.inputs) > 3 and node.inputs[3] is not None:
-            return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the axes of Pad are unknown")
+        axes = integers(node, "axes", 3, facts)
         padded = [axis % rank for axis in (range(rank) if axes is None else axes)]
         if len(pads) != 2 * len(padded):
             return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the axes of Pad are unknown")
@@ -427,7 +433,7 @@ def pad(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refus
 def _pads_with_zero(node: ir.Node, facts: Facts) -> bool:
     if facts.opset(node) < 11:
         return float(attribute(node, "value", 0.0)) == 0.0
-    value = node.inputs[2] if len(node.inputs) > 2 else None
+    value = input_of(node, 2)
     if value is None:
         return True
     array = facts.constant(value)
@@ -576,7 +582,7 @@ def _absorb_quantized(node: ir.Node, affine: Affine, axis: int, facts: Facts) ->
         if scale.size > 1 and facts.opset(node) < 13:
             return Refusal(Reason.QUANTIZATION, "before opset 13 a weight has one scale")
         constants[1] = Quantized(values, round_to(scale, dtype, "the folded scale"), axis, zero_point)
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    bias = input_of(node, 2)
     array, integers = facts.constant(bias), facts.dequantized(bias)
     gain = float(attribute(node, "beta", 1.0))
     if bias is not None and array is None and integers is None:
@@ -621,15 +627,6 @@ def _spatial(node: ir.Node, affine: Affine) -> Refusal | None:
     if affine.axis is not None and affine.axis > 1:
         return Refusal(Reason.CHANNEL_AXIS, f"{node.op_type} is over axis {affine.axis}, that of the channels")
     return None
-
-
-def _integers(node: ir.Node, name: str, position: int, facts: Facts) -> list[int] | None:
-    """Read a list that is an attribute in early opsets and an input in later ones; None if absent or unknown."""
-    values = attribute(node, name, None)
-    if values is None and len(node.inputs) > position:
-        array = facts.constant(node.inputs[position])
-        values = None if array is None else array.reshape(-1).tolist()
-    return None if values is None else [int(value) for value in values]
 
 
 def _wrong_bias(bias: Array, channels: int | None) -> Refusal:

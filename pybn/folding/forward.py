@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from pybn.folding import axes, backward
 from pybn.folding.affine import Affine, Array, Float64, is_supported, round_to
-from pybn.folding.graph import Facts, attribute, unavailable
+from pybn.folding.graph import Facts, attribute, input_of, unavailable
 from pybn.folding.reasons import Reason, Refusal
 from pybn.folding.sources import chain_constant
 from pybn.folding.steps import AttributeValue, Insert, Rewrite, Rule, Step
@@ -266,7 +266,7 @@ def _clip_bounds(node: ir.Node, facts: Facts) -> tuple[float, float] | Refusal:
     """Read the bounds, which are attributes before opset 11 and inputs since."""
     bounds = []
     for position, (name, absent) in enumerate((("min", -math.inf), ("max", math.inf)), start=1):
-        value = node.inputs[position] if position < len(node.inputs) else None
+        value = input_of(node, position)
         if value is None:
             bounds.append(float(attribute(node, name, absent)))
             continue
@@ -348,13 +348,10 @@ def _after_reduction(node: ir.Node, affine: Affine, facts: Facts) -> Affine | Re
     """Find the channel axis among those that the reduction leaves."""
     if affine.axis is None:
         return affine
-    rank, listed = facts.rank(node.inputs[0]), _listed(node, "axes", 1, facts)
-    if rank is None or (listed is None and _input(node, 1) is not None):
-        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"the axes of {node.op_type} are unknown")
-    if listed:
-        reduced = {axis % rank for axis in listed}
-    else:
-        reduced = set() if attribute(node, "noop_with_empty_axes", 0) else set(range(rank))
+    rank = facts.rank(node.inputs[0])
+    if rank is None:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"the rank of {node.op_type}'s data is unknown")
+    reduced = backward.reduced_axes(node, rank, facts)
     if affine.axis in reduced:
         return Refusal(Reason.CHANNEL_AXIS, f"{node.op_type} is over axis {affine.axis}, which holds the channels")
     removed = 0 if attribute(node, "keepdims", 1) else sum(axis < affine.axis for axis in reduced)
@@ -426,20 +423,12 @@ def slice_(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Re
     if affine.axis is None:
         return Step(carries=((0, affine),))
     rank, channels = facts.rank(node.inputs[0]), affine.scale.size
-    starts, ends, listed, steps = (
-        _listed(node, name, position, facts)
-        for position, name in enumerate(("starts", "ends", "axes", "steps"), start=1)
-    )
-    if rank is None or starts is None or ends is None or (listed is None and _input(node, 3) is not None):
-        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "where Slice begins and ends is not known")
-    axes_ = [axis % rank for axis in listed] if listed is not None else list(range(len(starts)))
-    if affine.axis not in axes_:
+    if rank is None:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the rank of Slice's data is unknown")
+    cut = backward.slices(node, rank, facts).get(affine.axis)
+    if cut is None:
         return Step(carries=((0, affine),))
-    if steps is None and _input(node, 4) is not None:
-        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the step of Slice is not known")
-    at = axes_.index(affine.axis)
-    # NumPy's slices mean the same as ONNX's.
-    kept = np.arange(channels)[starts[at] : ends[at] : steps[at] if steps is not None else 1]
+    kept = np.arange(channels)[cut]
     if facts.size(node.inputs[0], affine.axis) != channels or kept.size == 0:
         return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"which of the {channels} channels Slice takes is not proven")
     return Step(carries=((0, Affine(affine.scale[kept], affine.shift[kept], affine.axis)),))
@@ -516,15 +505,11 @@ FORWARD: dict[str, Rule] = {
 # Reading nodes
 
 
-def _input(node: ir.Node, position: int) -> ir.Value | None:
-    return node.inputs[position] if position < len(node.inputs) else None
-
-
 def _weight(node: ir.Node, index: int, facts: Facts) -> Array | Refusal:
     """Read the weight of a linear operator whose data is its first input."""
     if index != 0:
         return _not_data(node)
-    value = _input(node, 1)
+    value = input_of(node, 1)
     weight = facts.constant(value)
     if weight is None:
         return unavailable(facts, value, f"the weight of {node.op_type}", parameter=False)
@@ -546,7 +531,7 @@ def _kernel_and_groups(node: ir.Node, index: int, facts: Facts) -> tuple[Array, 
 
 def _bias(node: ir.Node, weight: Array, facts: Facts) -> Array | Refusal | None:
     """Read the bias, if there is one. An absent one is a missing input, or one with an empty name."""
-    value = _input(node, 2)
+    value = input_of(node, 2)
     if value is None:
         return None
     bias = facts.constant(value)
@@ -612,14 +597,6 @@ def _windows(node: ir.Node, kernel: Sequence[int], facts: Facts) -> list[Window]
 def _spatial_sizes(value: ir.Value | None, rank: int, facts: Facts) -> list[int | None]:
     """Return the lengths of the axes after batch and channels, None where they are not proven."""
     return [facts.size(value, 2 + axis) for axis in range(rank)]
-
-
-def _listed(node: ir.Node, name: str, position: int, facts: Facts) -> list[int] | None:
-    """Return numbers that are an attribute in old opsets and an input in new ones."""
-    numbers = attribute(node, name, None)
-    if numbers is None:
-        numbers = facts.constant(_input(node, position))
-    return None if numbers is None else [int(number) for number in np.ravel(numbers)]
 
 
 # Refusals

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from pybn.folding.reasons import Reason, Refusal
+from pybn.folding.reasons import FoldError, Reason, Refusal
 
 STANDARD_DOMAINS = ("", "ai.onnx")
 
@@ -404,6 +404,28 @@ def attribute(node: ir.Node, name: str, default: Any) -> Any:
     if found.is_ref():
         raise AttributeNotConstant(name)
     return found.value
+
+
+def input_of(node: ir.Node, position: int) -> ir.Value | None:
+    """Return an input; None if it is absent: left empty, or beyond the last one."""
+    return node.inputs[position] if position < len(node.inputs) else None
+
+
+def integers(node: ir.Node, name: str, position: int, facts: Facts) -> list[int] | None:
+    """Return numbers that are an attribute in early opsets and an input in later ones; None if absent.
+
+    Raises
+    ------
+    FoldError
+        If they are not constant.
+    """
+    values = attribute(node, name, None)
+    given = input_of(node, position)
+    if values is None and given is not None:
+        values = facts.constant(given)
+        if values is None:
+            raise FoldError(Reason.CHANNEL_AXIS_UNPROVEN, f"{name!r} of {node.op_type} is not a constant")
+    return None if values is None else [int(value) for value in np.ravel(values)]
 
 
 def display_name(node: ir.Node) -> str:

@@ -6,7 +6,7 @@ all or nothing. A node is visited at most once per plan, so no rule sees what an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -98,25 +98,18 @@ class Walk:
         step = self._ask(BACKWARD, producer, producer.outputs.index(value), affine, visited, depth)
         if isinstance(step, Refusal):
             return step
-        cheapest: Plan | None = None
-        refusal: Refusal | None = None
-        way: Step | None = step
-        while way is not None and (cheapest is None or cheapest.cost > 0):
+
+        def whole(way: Step) -> Plan | Refusal:
             # Only one value feeds `user` here, so everything that changes hangs on this producer.
             plan = self._visit(producer, way)
             for at, carry in way.carries:
                 more = self.backward(carry, producer, at, visited | {user, *plan.nodes}, depth + 1)
                 if isinstance(more, Refusal):
-                    refusal = refusal or more
-                    break
+                    return more
                 plan += more
-            else:
-                if cheapest is None or plan.cost < cheapest.cost:
-                    cheapest = Plan(changed=(value,)) + plan
-            way = way.otherwise
-        answer = cheapest or refusal
-        assert answer is not None
-        return answer
+            return Plan(changed=(value,)) + plan
+
+        return _cheapest(step, whole)
 
     def forward(
         self, affine: Affine, value: ir.Value, visited: frozenset[ir.Node] = frozenset(), depth: int = 0
@@ -143,26 +136,19 @@ class Walk:
         step = self._ask(FORWARD, node, index, affine, visited, depth)
         if isinstance(step, Refusal):
             return step
-        cheapest: Plan | None = None
-        refusal: Refusal | None = None
-        way: Step | None = step
-        while way is not None and (cheapest is None or cheapest.cost > 0):
+
+        def whole(way: Step) -> Plan | Refusal:
             plan = self._visit(node, way)
             for at, carry in way.carries:
                 output = node.outputs[at]
                 more = self.forward(carry, output, visited.union(plan.nodes), depth + 1)
                 if isinstance(more, Refusal):
-                    refusal = refusal or more
-                    break
+                    return more
                 plan += more
                 plan += Plan(changed=() if carry.is_identity else (output,))
-            else:
-                if cheapest is None or plan.cost < cheapest.cost:
-                    cheapest = plan
-            way = way.otherwise
-        answer = cheapest or refusal
-        assert answer is not None
-        return answer
+            return plan
+
+        return _cheapest(step, whole)
 
     def _ask(
         self,
@@ -257,3 +243,20 @@ class Walk:
                 Reason.OTHER_CONSUMER, f"{where} is also used by {others[0].op_type} {display_name(others[0])}"
             )
         return producer
+
+
+def _cheapest(step: Step, whole: Callable[[Step], Plan | Refusal]) -> Plan | Refusal:
+    """Follow the ways of a step until one costs nothing; if all are closed, say why the first is."""
+    cheapest: Plan | None = None
+    refusal: Refusal | None = None
+    way: Step | None = step
+    while way is not None and (cheapest is None or cheapest.cost > 0):
+        plan = whole(way)
+        if isinstance(plan, Refusal):
+            refusal = refusal or plan
+        elif cheapest is None or plan.cost < cheapest.cost:
+            cheapest = plan
+        way = way.otherwise
+    answer = cheapest or refusal
+    assert answer is not None
+    return answer

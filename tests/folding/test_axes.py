@@ -15,7 +15,7 @@ from pybn.folding import axes
 from pybn.folding.affine import Affine
 from pybn.folding.axes import reshaped
 from pybn.folding.graph import Facts
-from pybn.folding.reasons import Reason, Refusal
+from pybn.folding.reasons import FoldError, Reason, Refusal
 from pybn.folding.steps import Step
 
 SEEDS = st.integers(0, 10**6)
@@ -42,7 +42,10 @@ def ask(proto, direction, affine):
     model = ir.from_proto(proto)
     table = axes.FORWARD if direction == "forward" else axes.BACKWARD
     node = model.graph[0]
-    answer = table[node.op_type](node, 0, affine, Facts(model))
+    try:
+        answer = table[node.op_type](node, 0, affine, Facts(model))
+    except FoldError as error:  # which a rule may leave to the walk
+        return Refusal(error.reason, str(error))
     if isinstance(answer, Refusal):
         return answer
     assert isinstance(answer, Step)

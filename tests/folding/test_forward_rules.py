@@ -755,6 +755,16 @@ def test_slice_that_only_a_run_knows_is_refused():
     assert refusal(proto, random_affine(np.random.default_rng(0), 6)) is Reason.CHANNEL_AXIS_UNPROVEN
 
 
+@pytest.mark.parametrize(
+    "lists", [([0], [4], [1], [0]), ([0, 1], [4], [1], [1]), ([0], [4], [1, 2], [1]), ([0], [4], [1], [1, 1])]
+)
+def test_slice_that_contradicts_itself_is_refused(lists):
+    proto = one_node("Slice", [2, 6, 5], [np.array([0]), np.array([4]), np.array([1]), np.array([1])])
+    for tensor, numbers in zip(proto.graph.initializer, lists, strict=True):  # what inference would reject
+        tensor.CopyFrom(onnx.numpy_helper.from_array(np.array(numbers), tensor.name))
+    assert refusal(proto, random_affine(np.random.default_rng(0), 6)) is Reason.PARAMETER_SHAPE
+
+
 @pytest.mark.parametrize("mode", ["constant", "reflect", "edge"])
 @pytest.mark.parametrize("opset", [10, 13])
 def test_pad(mode, opset):
