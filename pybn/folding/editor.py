@@ -13,11 +13,18 @@ from collections.abc import Iterable, Iterator
 import onnx_ir as ir
 
 from pybn.folding.affine import Array
-from pybn.folding.graph import OVERRIDABLE_SINCE_IR, STANDARD_DOMAINS, constant_source, display_name, scopes
+from pybn.folding.graph import (
+    OVERRIDABLE_SINCE_IR,
+    PASSED_BY_CONSTANTS,
+    STANDARD_DOMAINS,
+    constant_source,
+    display_name,
+    scopes,
+)
 from pybn.folding.steps import Insert, Quantized, Rewrite
 
 # Operators with one output by which a constant may reach its user.
-_OF_CONSTANTS = ("Constant", "Identity", "Cast", "Transpose", "DequantizeLinear")
+_OF_CONSTANTS = ("Constant", "DequantizeLinear", *PASSED_BY_CONSTANTS)
 
 
 class Editor:

@@ -258,7 +258,7 @@ def _agree(a: ir.Shape, b: ir.Shape) -> bool:
 
 # Operators that a constant may pass before it is used.
 _RESHAPED_BY = ("Unsqueeze", "Squeeze", "Reshape")
-_PASSED_BY_CONSTANTS = ("Identity", "Cast", "Transpose", "ConstantOfShape", *_RESHAPED_BY)
+PASSED_BY_CONSTANTS = ("Identity", "Cast", "Transpose", "ConstantOfShape", *_RESHAPED_BY)
 # A ConstantOfShape of a hostile model may be of any size.
 _LARGEST_OF_SHAPE = 2**28
 
@@ -276,7 +276,7 @@ def constant_source(value: ir.Value | None) -> ir.Value | None:
             return None
         if producer.op_type == "Constant":
             return value
-        if producer.op_type not in _PASSED_BY_CONSTANTS or not producer.inputs:
+        if producer.op_type not in PASSED_BY_CONSTANTS or not producer.inputs:
             return None
         value = producer.inputs[0]
     return None

@@ -11,6 +11,7 @@ from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
 from pybn.folding.graph import Facts
+from pybn.folding.onnx import fold_onnx
 
 W = np.arange(6, dtype=np.float32).reshape(2, 3)
 
@@ -67,3 +68,21 @@ def test_what_does_not_fit_is_no_constant(op_type, first, second):
     inputs = ["w"] if second is None else ["w", "second"]
     constants = {"w": first} | ({} if second is None else {"second": np.array(second, np.int64)})
     assert _read(helper.make_node(op_type, inputs, ["c"]), constants)[0] is None
+
+
+def test_what_made_constants_goes_with_them():
+    nodes = [
+        helper.make_node("ConstantOfShape", ["shape"], ["flat"]),
+        helper.make_node("Reshape", ["flat", "kernel"], ["w"]),
+        helper.make_node("Unsqueeze", ["b", "zero"], ["b2"]),
+        helper.make_node("Squeeze", ["b2", "zero"], ["b1"]),
+        helper.make_node("Conv", ["x", "w", "b1"], ["c"]),
+        helper.make_node("BatchNormalization", ["c", "gamma", "beta", "mean", "var"], ["y"]),
+    ]
+    two = np.array([1.0, 2.0], np.float32)
+    constants = {"shape": [6], "kernel": [2, 3, 1, 1], "zero": [0]}
+    constants = {name: np.array(numbers, np.int64) for name, numbers in constants.items()}
+    constants |= dict.fromkeys(("b", "gamma", "beta", "mean", "var"), two)
+    folded = fold_onnx(model(nodes, constants, [1, 3, 4, 4], [1, 2, 4, 4])).model
+    assert [node.op_type for node in folded.graph.node] == ["Conv"]
+    assert {tensor.name for tensor in folded.graph.initializer} == set(folded.graph.node[0].input[1:])
