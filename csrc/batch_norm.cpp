@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <memory>
 #include <vector>
 
@@ -160,18 +159,16 @@ class StatsReduction {
                    partials_.second(segment, tile.channel));
   }
 
-  // Calls result(channel, mean, var).
-  template <class Result>
-  void merge(std::size_t first_channel, std::size_t channels, const Result& result) {
+  void merge(std::size_t first_channel, std::size_t channels, double* mean, double* var) {
     partials_.merge(first_channel, channels);
     for (std::size_t c = first_channel; c < first_channel + channels; ++c) {
       const SumPair total = partials_.total(c);
       const double offset = total.first / count_;
-      double var = (total.second - total.first * offset) / count_;
-      if (var < 0) var = 0;  // rounding can leave -1e-17; NaN stays
+      mean[c] = to_double(*x_.at(0, c, 0)) + offset;
+      var[c] = (total.second - total.first * offset) / count_;
+      if (var[c] < 0) var[c] = 0;  // rounding can leave -1e-17; NaN stays
       // Squares of values beyond 1e154 overflow: the variance is infinite then, not infinity less infinity.
-      if (std::isinf(total.second) && std::isfinite(total.first)) var = total.second;
-      result(c, to_double(*x_.at(0, c, 0)) + offset, var);
+      if (std::isinf(total.second) && std::isfinite(total.first)) var[c] = total.second;
     }
   }
 
@@ -239,18 +236,17 @@ struct GradientCoefficients {
 }  // namespace
 
 template <class T>
-void Normalization<T>::set(std::size_t c, double channel_mean, double var, Parameter weight, Parameter bias,
-                           double eps) {
-  mean[c] = channel_mean;
-  invstd[c] = 1 / std::sqrt(var + eps);
-  center[c] = static_cast<A>(channel_mean);
-  // A finite scale stays finite, so that a constant channel gives 0 * (a large number) rather than 0 * infinity.
-  constexpr double largest = static_cast<double>(std::numeric_limits<A>::max());
-  const double bounded = std::min(invstd[c], largest);
-  const double product = weight ? weight[c] * bounded : bounded;
-  scale[c] = static_cast<A>(std::isfinite(product) ? std::clamp(product, -largest, largest) : product);
-  const double remainder = channel_mean - static_cast<double>(center[c]);
-  shift[c] = static_cast<A>((bias ? bias[c] : 0) - remainder * static_cast<double>(scale[c]));
+void normalize(std::size_t first, std::size_t channels, const double* var, Parameter weight, Parameter bias, double eps,
+               const Normalization<T>& normalization) {
+  double weights[kGroup], biases[kGroup];
+  for (const std::size_t end = first + channels; first < end; first += kGroup) {
+    const std::size_t count = std::min(kGroup, end - first);
+    for (std::size_t c = 0; c < count; ++c) {
+      weights[c] = weight ? weight[first + c] : 1;
+      biases[c] = bias ? bias[first + c] : 0;
+    }
+    kernels<T>().normalize(count, var + first, weights, biases, eps, normalization.from(first));
+  }
 }
 
 template <class T>
@@ -259,12 +255,7 @@ void batch_norm_stats(const Extents& extents, Operand<const T> x, double* mean, 
   StatsReduction<T> stats(plan, x);
   run_reduction(
       plan, [&](const Tile& tile, std::size_t segment) { stats.reduce(tile, segment); },
-      [&](std::size_t first, std::size_t channels) {
-        stats.merge(first, channels, [&](std::size_t c, double channel_mean, double channel_var) {
-          mean[c] = channel_mean;
-          var[c] = channel_var;
-        });
-      });
+      [&](std::size_t first, std::size_t channels) { stats.merge(first, channels, mean, var); });
 }
 
 template <class T>
@@ -273,17 +264,14 @@ void batch_norm_forward(const Extents& extents, Operand<const T> x, Operand<T> y
   const Plan plan = plan_reduction_and_application(extents, sizeof(T));
   const Kernels<T>& kernels = kernels_for<T>(extents);
   StatsReduction<T> stats(plan, x);
-  Normalization<T> n = normalization;
   run(
       plan, [&](const Tile& tile, std::size_t segment) { stats.reduce(tile, segment); },
       [&](std::size_t first, std::size_t channels) {
-        stats.merge(first, channels, [&](std::size_t c, double channel_mean, double channel_var) {
-          var[c] = channel_var;
-          n.set(c, channel_mean, channel_var, weight, bias, eps);
-        });
+        stats.merge(first, channels, normalization.mean, var);
+        normalize<T>(first, channels, var, weight, bias, eps, normalization);
       },
       [&](const Tile& tile) {
-        kernels.elemt(tile.block, tile.reversed(x), tile.reversed(y), n.affine().from(tile.channel),
+        kernels.elemt(tile.block, tile.reversed(x), tile.reversed(y), normalization.affine().from(tile.channel),
                       tile.reversed(fusion));
       });
 }
@@ -362,7 +350,8 @@ void RunningStatistic::update(std::size_t channels, const double* batch, double 
 }
 
 #define PYBN_INSTANTIATE(T)                                                                                    \
-  template struct Normalization<T>;                                                                            \
+  template void normalize(std::size_t, std::size_t, const double*, Parameter, Parameter, double,               \
+                          const Normalization<T>&);                                                            \
   template void batch_norm_stats(const Extents&, Operand<const T>, double*, double*);                          \
   template void batch_norm_forward(const Extents&, Operand<const T>, Operand<T>, Parameter, Parameter, double, \
                                    const Fusion<T>&, double*, const Normalization<T>&);                        \

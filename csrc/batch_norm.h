@@ -25,18 +25,10 @@ struct Parameter {
   }
 };
 
-// The statistics that an affine map is made from, and the map itself, for all channels. The caller owns the memory.
+// Fills a normalization, whose mean is there already, for `channels` channels from the first on.
 template <class T>
-struct Normalization {
-  using A = Arithmetic<T>;
-  double *mean, *invstd;
-  A *center, *scale, *shift;
-
-  Affine<A> affine() const { return {center, scale, shift}; }
-
-  // scale = weight / sqrt(var + eps); every value is rounded to A once.
-  void set(std::size_t c, double channel_mean, double var, Parameter weight, Parameter bias, double eps);
-};
+void normalize(std::size_t first, std::size_t channels, const double* var, Parameter weight, Parameter bias, double eps,
+               const Normalization<T>&);
 
 // Mean and biased variance of every channel. Needs at least one value per channel, as all of these do.
 template <class T>

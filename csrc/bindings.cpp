@@ -353,6 +353,15 @@ Doubles stats(const py::array& x, py::ssize_t axis) {
   return result;
 }
 
+// Fills n from statistics that the caller holds.
+template <class T>
+void normalize_with(Parameter mean, Parameter var, Parameter weight, Parameter bias, double eps, std::size_t channels,
+                    const Normalization<T>& n) {
+  std::vector<double> wide_var(channels);
+  for (std::size_t c = 0; c < channels; ++c) n.mean[c] = mean[c], wide_var[c] = var[c];
+  normalize<T>(0, channels, wide_var.data(), weight, bias, eps, n);
+}
+
 // Index of the first value below 0, or -1.
 py::ssize_t first_negative(const py::array& values) {
   require(values.ndim() == 1, "expected one axis");
@@ -393,8 +402,7 @@ std::pair<NormalizationArrays, std::optional<py::array>> forward(
     if (training) {
       compute([&] { batch_norm_forward<T>(extents, input, output, w, b, eps, f, var.data(), n); });
     } else {
-      const Parameter mean = parameter(running_mean, channels), variance = parameter(running_var, channels);
-      for (std::size_t c = 0; c < channels; ++c) n.set(c, mean[c], variance[c], w, b, eps);
+      normalize_with(parameter(running_mean, channels), parameter(running_var, channels), w, b, eps, channels, n);
       compute([&] { batch_norm_elemt<T>(extents, input, output, n, f); });
     }
     return result;
@@ -423,7 +431,7 @@ NormalizationArrays normalization(const py::array& like, const py::array& mean, 
     using T = decltype(zero);
     NormalizationArrays result = new_normalization<T>(channels);
     Normalization<T> n = view<T>(result, channels);
-    for (std::size_t c = 0; c < channels; ++c) n.set(c, m[c], v[c], w, b, eps);
+    normalize_with(m, v, w, b, eps, channels, n);
     return result;
   });
 }

@@ -102,9 +102,27 @@ struct Kernels {
                          const GradientAffine<A>*, const Fusion<T>&) noexcept;
 };
 
+// The statistics of some channels, and the map that is made from them, as arrays. The caller owns the memory.
+template <class T>
+struct Normalization {
+  using A = Arithmetic<T>;
+  double *mean, *invstd;
+  A *center, *scale, *shift;
+
+  Affine<A> affine() const { return {center, scale, shift}; }
+  Normalization from(std::size_t c) const { return {mean + c, invstd + c, center + c, scale + c, shift + c}; }
+};
+
+// From the mean that is there already and var: invstd = 1 / sqrt(var + eps), scale = weight * invstd, and what else the
+// map has. Every value is rounded to A once.
+template <class T>
+using Normalize = void (*)(std::size_t channels, const double* var, const double* weight, const double* bias,
+                           double eps, const Normalization<T>&) noexcept;
+
 template <class T>
 struct KernelTable {
   Kernels<T> planes, rows;
+  Normalize<T> normalize;
 };
 
 struct InstructionSet {

@@ -2,6 +2,7 @@
 // flags, PYBN_ISA, its name, and PYBN_TYPE, the type.
 #include "few_channels.h"
 #include "kernels.h"
+#include "normalize.h"
 
 namespace pybn {
 namespace {
@@ -74,6 +75,6 @@ struct Entry {
 
 extern const KernelTable<PYBN_TYPE> PYBN_JOIN(PYBN_TYPE, PYBN_JOIN(_kernels_, PYBN_ISA));
 const KernelTable<PYBN_TYPE> PYBN_JOIN(PYBN_TYPE, PYBN_JOIN(_kernels_, PYBN_ISA)) = {
-    Entry<Planes, PYBN_TYPE>::kernels(), Entry<RowsOfAnyLength, PYBN_TYPE>::kernels()};
+    Entry<Planes, PYBN_TYPE>::kernels(), Entry<RowsOfAnyLength, PYBN_TYPE>::kernels(), normalize_channels<PYBN_TYPE>};
 
 }  // namespace pybn

@@ -87,6 +87,27 @@ PYBN_INLINE Doubles widen(Vec<float, kDoubles> v) {
 #endif
 }
 
+template <class A>
+PYBN_INLINE Vec<A, kDoubles> narrow(Doubles v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return (Vec<float, 8>)_mm512_cvtpd_ps((__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) return (Vec<float, 4>)_mm256_cvtpd_ps((__m256d)v);
+#endif
+  return __builtin_convertvector(v, Vec<A, kDoubles>);
+}
+
+PYBN_INLINE Doubles square_root(Doubles v) {
+#if defined(__AVX512F__)
+  return (Doubles)_mm512_sqrt_pd((__m512d)v);
+#elif defined(__AVX2__)
+  return (Doubles)_mm256_sqrt_pd((__m256d)v);
+#else
+  for (int i = 0; i < kDoubles; ++i) v[i] = __builtin_sqrt(v[i]);
+  return v;
+#endif
+}
+
 template <class V>
 PYBN_INLINE V fma(V a, V b, V c) {
   return a * b + c;  // a set without the instruction; -ffp-contract=off keeps it two roundings everywhere
@@ -294,6 +315,9 @@ template <>
 struct Partial<4, float> {
   static PYBN_INLINE Vec<float, 4> load(const float* from, std::size_t count) {
     return (Vec<float, 4>)_mm_maskload_ps(from, _mm_loadu_si128((const __m128i*)(kMask32 + 8 - count)));
+  }
+  static PYBN_INLINE void store(float* to, std::size_t count, Vec<float, 4> v) {
+    _mm_maskstore_ps(to, _mm_loadu_si128((const __m128i*)(kMask32 + 8 - count)), (__m128)v);
   }
 };
 template <>
