@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -227,10 +228,15 @@ struct GradientCoefficients {
   void set(std::size_t c, const Normalization<T>& n, double sum_dy, double sum_dy_xmu, double count) {
     const double scale = static_cast<double>(n.scale[c]);
     const double s = -n.invstd[c] * n.invstd[c] * (sum_dy_xmu / count) * scale;
-    slope[c] = static_cast<A>(s);
-    offset[c] = static_cast<A>(-(sum_dy / count) * scale + (static_cast<double>(n.center[c]) - n.mean[c]) * s);
+    slope[c] = rounded(s);
+    offset[c] = rounded(-(sum_dy / count) * scale + (static_cast<double>(n.center[c]) - n.mean[c]) * s);
   }
   GradientAffine<A> from(std::size_t c) const { return {slope.data() + c, offset.data() + c}; }
+
+ private:
+  static A rounded(double value) {  // as plain_nan() in simd.h
+    return std::isnan(value) ? std::numeric_limits<A>::quiet_NaN() : static_cast<A>(value);
+  }
 };
 
 }  // namespace

@@ -29,12 +29,12 @@ void normalize_channels(std::size_t channels, const double* var, const double* w
     const Doubles product = load<N>(lanes, weight + c) * (largest < invstd ? largest : invstd);
     const Doubles bounded = product > largest ? largest : product < -largest ? -largest : product;
     const Doubles wide_scale = product - product == zero ? bounded : product;
-    const Vec<A, N> center = narrow<A>(mean), scale = narrow<A>(wide_scale);
-    const Doubles remainder = mean - widen(center);
+    const Vec<A, N> center = plain_nan(narrow<A>(mean)), scale = plain_nan(narrow<A>(wide_scale));
+    const Doubles shift = load<N>(lanes, bias + c) - (mean - widen(center)) * widen(scale);
     store<N>(lanes, n.invstd, invstd);
     store<N>(lanes, n.center, center);
     store<N>(lanes, n.scale, scale);
-    store<N>(lanes, n.shift, narrow<A>(load<N>(lanes, bias + c) - remainder * widen(scale)));
+    store<N>(lanes, n.shift, plain_nan(narrow<A>(shift)));
   };
   std::size_t c = 0;
   for (; c + N <= channels; c += N) some(Whole{}, c);

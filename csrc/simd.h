@@ -87,6 +87,11 @@ PYBN_INLINE Doubles widen(Vec<float, kDoubles> v) {
 #endif
 }
 
+template <class V>
+PYBN_INLINE V plain_nan(V v) {
+  return v == v ? v : V{} + static_cast<decltype(v[0] + 0)>(__builtin_nan(""));
+}
+
 template <class A>
 PYBN_INLINE Vec<A, kDoubles> narrow(Doubles v) {
 #if defined(__AVX512F__)
@@ -173,17 +178,30 @@ PYBN_INLINE Bits16<8> low_halves(Bits32<8> v) {
 #endif
 
 template <class V>
+PYBN_INLINE auto high_halves(V v) {
+  return low_halves(v >> 16);
+}
+#if defined(__AVX2__)
+PYBN_INLINE Bits16<8> high_halves(Bits32<8> v) {
+  const __m256i each = _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                        2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i halves = _mm256_shuffle_epi8((__m256i)v, each);
+  return (Bits16<8>)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08));
+}
+#endif
+
+template <class V>
 PYBN_INLINE auto from_bits(V bits, BFloat16) {
   constexpr int N = sizeof(V) / 2;
   return (Vec<float, N>)(zero_extend(bits) << 16);
 }
+// Rounding keeps a NaN whose lower half is 0, and could turn another into a number. No other comes here: operations
+// pass on the NaN that they are given, of bfloat16 data or of maps that plain_nan() has been through.
 template <class V>
 PYBN_INLINE auto to_bits(V v, BFloat16) {
   constexpr int N = sizeof(V) / 4;
   const Bits32<N> bits = (Bits32<N>)v;
-  const Bits32<N> rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const Bits32<N> quiet_nan = bits | 0x400000;
-  return low_halves((v == v ? rounded : quiet_nan) >> 16);
+  return high_halves(bits + 0x7fff + ((bits >> 16) & 1));
 }
 
 // Without F16C: exponents are rebiased as integers; subnormals go through one exact float operation, which normalizes

@@ -172,6 +172,21 @@ def test_half_results_are_float32_results_rounded(instruction_set, rng, dtype, a
                     assert_same_bits(half, to_half(single, half.dtype), (number, shape, training))
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+@half_dtypes
+def test_a_nan_of_any_payload_stays_one(instruction_set, rng, dtype, name):
+    """All bits set are what rounding would carry into the sign."""
+    x = rng.standard_normal((2, 20, 3, 5)).astype(dtype)
+    given = {"weight": np.ones(20), "bias": np.zeros(20), "running_mean": np.zeros(20), "running_var": np.ones(20)}
+    given = {key: value.astype(np.float32) for key, value in given.items()}
+    given[name].view(np.uint32)[::2] = 0x7FFFFFFF
+    y, saved = pybn.batch_norm_forward(x, **given, training=False)
+    assert np.isnan(y[:, ::2]).all()
+    assert not np.isnan(y[:, 1::2]).any()
+    if name in ("weight", "running_var"):
+        assert np.isnan(pybn.batch_norm_backward(x, saved).dx[:, ::2]).all()
+
+
 @half_dtypes
 def test_results_too_large_for_the_type_are_infinite_without_a_warning(instruction_set, dtype):
     largest = float(ml_dtypes.finfo(dtype).max)
