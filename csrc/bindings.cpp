@@ -1,8 +1,7 @@
-// NumPy arrays -> plain structs, and nothing else: the only file that knows Python.
+// NumPy arrays -> plain structs, and nothing else.
 //
 // pybn/_arrays.py has checked every argument and phrased every error before a call comes here; what is checked again is
 // what memory safety needs. The GIL is released while kernels run.
-#include <cxxabi.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -10,23 +9,21 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <chrono>
 #include <cstring>
-#include <exception>
 #include <memory>
 #include <numeric>
 #include <optional>
-#include <stdexcept>
-#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "batch_norm.h"
 #include "buffers.h"
+#include "calls.h"
 #include "dispatch.h"
 #include "layout.h"
 #include "parallel.h"
+#include "torch_bindings.h"
 
 namespace py = pybind11;
 
@@ -35,16 +32,10 @@ namespace {
 
 using Doubles = py::array_t<double>;
 
-void require(bool condition, const char* what) {
-  if (!condition) throw std::invalid_argument(what);
-}
-
 // ---- types
 
 // What NumPy calls ml_dtypes.bfloat16, once an array of it has been met: a type that ml_dtypes registers at run time.
 std::atomic<int> bfloat16_number{-1};
-
-enum class DType { float32, float64, float16, bfloat16 };
 
 std::optional<DType> dtype_of(const py::array& array) {
   const py::dtype dtype = array.dtype();
@@ -68,16 +59,7 @@ template <class F>
 auto with_dtype(const py::array& x, F f) {
   const std::optional<DType> dtype = dtype_of(x);
   require(dtype.has_value(), "expected a native float32, float64, float16 or bfloat16 array");
-  switch (*dtype) {
-    case DType::float32:
-      return f(float{});
-    case DType::float64:
-      return f(double{});
-    case DType::float16:
-      return f(Float16{});
-    default:
-      return f(BFloat16{});
-  }
+  return with_dtype(*dtype, std::move(f));
 }
 
 bool is_c_contiguous(const py::array& array) {
@@ -227,23 +209,6 @@ py::array new_array(const py::dtype& dtype, const std::vector<py::ssize_t>& shap
 
 // ---- what follows the map
 
-// Activation and slope, as Python passes them.
-using ActivationArguments = std::pair<int, double>;
-
-constexpr const char* kActivationNames[] = {"none", "relu", "relu6", "leaky_relu", "silu", "hardswish"};
-
-// Whether the activation's gradient is a choice of two slopes, so that one bit per value tells it.
-bool has_mask(Activation activation) {
-  return activation == Activation::relu || activation == Activation::relu6 || activation == Activation::leaky_relu;
-}
-
-// Bytes between planes (or 0: rows), and between outer indices, of a mask.
-std::pair<std::size_t, std::size_t> mask_strides(const Extents& e) {
-  const auto bytes = [](std::size_t values) { return (values + kMaskValues - 1) / kMaskValues; };
-  if (e.is_rows()) return {0, bytes(e.channels)};
-  return {bytes(e.inner), e.channels * bytes(e.inner)};
-}
-
 py::array new_mask(const Extents& e) {
   const std::size_t bytes = e.outer * mask_strides(e).second;
   return new_array(py::dtype::of<std::uint8_t>(), {static_cast<py::ssize_t>(bytes)}, {1}, bytes);
@@ -296,45 +261,11 @@ py::array empty_like(const py::array& x) {
   return new_array(x.dtype(), shape, strides, static_cast<std::size_t>(bytes));
 }
 
-// Calls f, which takes the GIL. A daemon thread that asks for the GIL while the interpreter shuts down is ended by
-// force, by unwinding its stack, which ends the whole process where it meets C++; so it waits here for the exit
-// instead, as Python 3.14 itself lets such threads do.
-template <class F>
-auto taking_gil(const F& f) {
-#if defined(__GLIBCXX__)
-  try {
-    return f();
-  } catch (abi::__forced_unwind&) {
-    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
-  }
-#else
-  return f();
-#endif
-}
-
 bool python_signal_is_pending() {
   return taking_gil([] {
     py::gil_scoped_acquire gil;
     return PyErr_CheckSignals() != 0;
   });
-}
-
-// Runs f without the GIL; a KeyboardInterrupt raised meanwhile comes out of here.
-template <class F>
-void compute(const F& f) {
-  std::exception_ptr error;
-  PyThreadState* const state = PyEval_SaveThread();
-  try {
-    f();
-  } catch (...) {
-    error = std::current_exception();
-  }
-  taking_gil([&] { PyEval_RestoreThread(state); });
-  try {
-    if (error) std::rethrow_exception(error);
-  } catch (const Interrupted&) {
-    throw py::error_already_set();
-  }
 }
 
 // ---- the operations
@@ -351,15 +282,6 @@ Doubles stats(const py::array& x, py::ssize_t axis) {
     compute([&] { batch_norm_stats<T>(problem.extents(), input, mean, mean + channels); });
   });
   return result;
-}
-
-// Fills n from statistics that the caller holds.
-template <class T>
-void normalize_with(Parameter mean, Parameter var, Parameter weight, Parameter bias, double eps, std::size_t channels,
-                    const Normalization<T>& n) {
-  std::vector<double> wide_var(channels);
-  for (std::size_t c = 0; c < channels; ++c) n.mean[c] = mean[c], wide_var[c] = var[c];
-  normalize<T>(0, channels, wide_var.data(), weight, bias, eps, n);
 }
 
 // Index of the first value below 0, or -1.
@@ -675,6 +597,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         "activation"_a, "residual"_a, "mask"_a, "sums"_a);
   m.def("empty_like", &empty_like, "x"_a);
   m.def("copy", &copy, "source"_a, "target"_a);
+
+  register_torch(m);
 
   m.def("set_num_threads", &set_num_threads, "limit"_a);
   m.def("get_num_threads", &get_num_threads);

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <thread>
+#include <utility>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -16,6 +17,7 @@ namespace pybn {
 namespace {
 
 std::atomic<int> thread_limit{1 << 20};
+thread_local int thread_limit_here = 0;
 std::atomic<bool (*)()> interrupt_check{nullptr};
 
 // A forked child has none of its parent's OpenMP threads, and libgomp would wait for them for ever: run serially there.
@@ -43,10 +45,15 @@ void set_num_threads(int limit) {
 int get_num_threads() {
 #if defined(_OPENMP)
   // Never omp_set_num_threads: the value belongs to the whole process, to torch and to threadpoolctl.
-  return forked ? 1 : std::min<int>(thread_limit, omp_get_max_threads());
+  const int limit = forked ? 1 : std::min<int>(thread_limit, omp_get_max_threads());
+  return thread_limit_here > 0 ? std::min(limit, thread_limit_here) : limit;
 #else
   return 1;
 #endif
+}
+
+int limit_threads_here(int limit) {
+  return std::exchange(thread_limit_here, limit);
 }
 
 bool has_openmp() {

@@ -12,6 +12,9 @@ void set_num_threads(int limit);
 int get_num_threads();
 bool has_openmp();
 
+// A limit for this thread's calls alone, below the others; 0 for none. Returns the previous one.
+int limit_threads_here(int limit);
+
 // Called between tasks, at most every 50 ms and only on the thread that called; returning true abandons the rest.
 void set_interrupt_check(bool (*check)());
 

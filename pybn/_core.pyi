@@ -89,6 +89,37 @@ def backward_elemt(
 ) -> None: ...
 def empty_like(x: _Array) -> _Array: ...
 def copy(source: _Array, target: _Array) -> None: ...
+def connect_torch(exchange_api: object, tensor_type: type, parameter_type: type, get_num_threads: object) -> bool: ...
+
+# Each returns None if it cannot take the tensors; nothing has been written then.
+def torch_forward(
+    x: object,
+    weight: object,
+    bias: object,
+    running_mean: object,
+    running_var: object,
+    counter: object,
+    residual: object,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: _Activation,
+    keeps: bool,
+) -> tuple[Any, _Doubles | None, Any] | None: ...
+def torch_backward(
+    dy: object,
+    x: object,
+    residual: object,
+    mask: object,
+    saved: _Doubles,
+    weight: object,
+    bias: object,
+    training: bool,
+    activation: _Activation,
+    wants_dx: bool,
+    wants_dresidual: bool,
+) -> tuple[Any, Any, Any, Any] | None: ...
+def torch_empty_like(x: object) -> Any | None: ...
 def set_num_threads(limit: int) -> None: ...
 def get_num_threads() -> int: ...
 def empty_cache() -> None: ...

@@ -1,0 +1,10 @@
+"""Batch norm for PyTorch on the CPU: torch's layers and functions on pybn's kernels.
+
+Reading order: kernels (tensors and the C++ core), functional (the operation), operators (the same for torch.compile and
+torch.export), modules (the layers).
+"""
+
+from pybn.torch.functional import batch_norm
+from pybn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "batch_norm"]
