@@ -160,12 +160,15 @@ class StatsReduction {
                    partials_.second(segment, tile.channel));
   }
 
-  void merge(std::size_t first_channel, std::size_t channels, double* mean, double* var) {
+  // `remainder`, if given, gets what rounding takes from the mean.
+  void merge(std::size_t first_channel, std::size_t channels, double* mean, double* var, double* remainder = nullptr) {
     partials_.merge(first_channel, channels);
     for (std::size_t c = first_channel; c < first_channel + channels; ++c) {
       const SumPair total = partials_.total(c);
-      const double offset = total.first / count_;
-      mean[c] = to_double(*x_.at(0, c, 0)) + offset;
+      const double shift = to_double(*x_.at(0, c, 0)), offset = total.first / count_;
+      mean[c] = shift + offset;
+      const double rounded_offset = mean[c] - shift;  // Knuth's exact sum of two
+      if (remainder) remainder[c] = (shift - (mean[c] - rounded_offset)) + (offset - rounded_offset);
       var[c] = (total.second - total.first * offset) / count_;
       if (var[c] < 0) var[c] = 0;  // rounding can leave -1e-17; NaN stays
       // Squares of values beyond 1e154 overflow: the variance is infinite then, not infinity less infinity.
@@ -256,12 +259,12 @@ void normalize(std::size_t first, std::size_t channels, const double* var, Param
 }
 
 template <class T>
-void batch_norm_stats(const Extents& extents, Operand<const T> x, double* mean, double* var) {
+void batch_norm_stats(const Extents& extents, Operand<const T> x, double* mean, double* var, double* remainder) {
   const Plan plan = plan_reduction(extents, sizeof(T));
   StatsReduction<T> stats(plan, x);
   run_reduction(
       plan, [&](const Tile& tile, std::size_t segment) { stats.reduce(tile, segment); },
-      [&](std::size_t first, std::size_t channels) { stats.merge(first, channels, mean, var); });
+      [&](std::size_t first, std::size_t channels) { stats.merge(first, channels, mean, var, remainder); });
 }
 
 template <class T>
@@ -358,7 +361,7 @@ void RunningStatistic::update(std::size_t channels, const double* batch, double 
 #define PYBN_INSTANTIATE(T)                                                                                    \
   template void normalize(std::size_t, std::size_t, const double*, Parameter, Parameter, double,               \
                           const Normalization<T>&);                                                            \
-  template void batch_norm_stats(const Extents&, Operand<const T>, double*, double*);                          \
+  template void batch_norm_stats(const Extents&, Operand<const T>, double*, double*, double*);                 \
   template void batch_norm_forward(const Extents&, Operand<const T>, Operand<T>, Parameter, Parameter, double, \
                                    const Fusion<T>&, double*, const Normalization<T>&);                        \
   template void batch_norm_elemt(const Extents&, Operand<const T>, Operand<T>, const Normalization<T>&,        \

@@ -30,9 +30,10 @@ template <class T>
 void normalize(std::size_t first, std::size_t channels, const double* var, Parameter weight, Parameter bias, double eps,
                const Normalization<T>&);
 
-// Mean and biased variance of every channel. Needs at least one value per channel, as all of these do.
+// Mean and biased variance of every channel; the remainder is what rounding took from the mean. Needs at least one
+// value per channel, as all of these do.
 template <class T>
-void batch_norm_stats(const Extents&, Operand<const T> x, double* mean, double* var);
+void batch_norm_stats(const Extents&, Operand<const T> x, double* mean, double* var, double* remainder);
 
 // Training: statistics of x, then y = activation((x - mean) * invstd * weight + bias + residual). Fills `var` (biased)
 // and `normalization`.

@@ -270,16 +270,17 @@ bool python_signal_is_pending() {
 
 // ---- the operations
 
+// Mean, variance, and what rounding took from the mean, of shape (3, C).
 Doubles stats(const py::array& x, py::ssize_t axis) {
   const Problem problem(axis, {&x});
   const std::size_t channels = problem.channels();
-  Doubles result = new_pair(channels);
+  Doubles result({py::ssize_t{3}, static_cast<py::ssize_t>(channels)});
   require(!problem.extents().is_empty(), "an empty array has no statistics");
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const auto input = problem.input<T>(&x);
     double* mean = result.mutable_data();
-    compute([&] { batch_norm_stats<T>(problem.extents(), input, mean, mean + channels); });
+    compute([&] { batch_norm_stats<T>(problem.extents(), input, mean, mean + channels, mean + 2 * channels); });
   });
   return result;
 }

@@ -30,6 +30,7 @@ from pybn.functional import (
     batch_norm_forward,
     batch_norm_stats,
 )
+from pybn.interchange import load_state_dict, save_state_dict
 from pybn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ __all__ = [
     "fold_onnx",
     "fold_state_dict",
     "get_num_threads",
+    "load_state_dict",
+    "save_state_dict",
     "set_num_threads",
     "show_config",
 ]

@@ -157,7 +157,6 @@ def running_statistics(mean: Any, var: Any, x: Array, axis: int, training: bool)
         variance("running_var", var, channels, axis)
         if np.may_share_memory(mean, var) and np.shares_memory(mean, var):
             raise ValueError("running_mean and running_var share memory, expected two separate arrays")
-    _require_several_values(x, axis)
     return mean, var
 
 
@@ -280,7 +279,7 @@ def activation(name: str | None, negative_slope: float) -> tuple[int, float]:
     return index, _finite("negative_slope", negative_slope)
 
 
-def _require_several_values(x: Array, axis: int) -> None:
+def require_several_values(x: Array, axis: int) -> None:
     """Training needs a variance: more than one value per channel."""
     channels = x.shape[axis]
     if channels and x.size == channels:

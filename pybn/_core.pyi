@@ -1,4 +1,4 @@
-"""The compiled core: per-channel results are float64 (2, C), arrays must be what `pybn._arrays` lets through."""
+"""The compiled core: per-channel results are float64 (2, C) or (3, C); arrays are what `pybn._arrays` lets through."""
 
 from typing import Any
 

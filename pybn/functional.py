@@ -208,6 +208,8 @@ def forward(
         weight, bias = _arrays.affine_parameters(weight, bias, x.shape[axis], axis)
         training = _arrays.flag("training", training)
         running_mean, running_var = _arrays.running_statistics(running_mean, running_var, x, axis, training)
+        if training:
+            _arrays.require_several_values(x, axis)
         if residual is not None:
             residual = _arrays.like("residual", residual, x)
         if out is not None:
@@ -217,7 +219,7 @@ def forward(
     momentum = _arrays.factor(momentum)
     act = _arrays.activation(activation, negative_slope)
     if check_finite:
-        _require_finite(x, axis)
+        require_finite(x, axis)
 
     if is_usual:
         result, source, target = None, x, _core.empty_like(x) if out is None else out
@@ -255,7 +257,7 @@ def _is_overwritten(source: Array, out: Array | None) -> bool:
     return out is not None and _arrays.is_same_memory(source, out)
 
 
-def _require_finite(x: Array, axis: int) -> None:
+def require_finite(x: Array, axis: int) -> None:
     if x.size == 0:
         return
     mean, var, _ = batch_norm_stats(x, channel_axis=axis)
@@ -409,7 +411,7 @@ def batch_norm_stats(x: npt.ArrayLike, *, channel_axis: int = 1) -> tuple[Array,
     if x.size == 0:
         return np.full(channels, np.nan), np.full(channels, np.nan), 0
     (source,) = _arrays.for_kernels(axis, x)
-    mean, var = _core.stats(source, axis)
+    mean, var, _ = _core.stats(source, axis)
     return mean, var, source.size // channels
 
 

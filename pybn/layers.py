@@ -6,14 +6,18 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pybn import _arrays
 from pybn._arrays import Array
-from pybn.functional import Saved, batch_norm_backward, forward
+from pybn.functional import Gradients, Saved, batch_norm_backward, forward
+
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Self
 
 
 class _BatchNorm:
@@ -111,13 +115,15 @@ class _BatchNorm:
         if not self.training:
             return self._forward(x, residual, out, momentum=0.0, counter=None)
         with self._lock:
-            counter = self.num_batches_tracked
-            momentum = self.momentum
-            if momentum is None:
-                momentum = 0.0 if counter is None else 1 / (int(counter) + 1)
-            return self._forward(x, residual, out, momentum, counter)
+            return self._forward(x, residual, out, self._weight_of_new_batch(), self.num_batches_tracked)
 
     forward = __call__
+
+    def _weight_of_new_batch(self) -> float:
+        """In the running statistics."""
+        if self.momentum is not None:
+            return self.momentum
+        return 0.0 if self.num_batches_tracked is None else 1 / (int(self.num_batches_tracked) + 1)
 
     def _forward(
         self, x: Array, residual: npt.ArrayLike | None, out: Array | None, momentum: float, counter: Array | None
@@ -148,8 +154,13 @@ class _BatchNorm:
             raise RuntimeError(
                 "backward needs a forward call before it, and each forward call serves one backward pass"
             )
-        dx, dweight, dbias, dresidual = batch_norm_backward(dy, saved, out=out)
+        gradients = batch_norm_backward(dy, saved, out=out)
         self._saved = None  # frees x
+        return self._accumulate(gradients)
+
+    def _accumulate(self, gradients: Gradients) -> Array | tuple[Array, Array]:
+        """Add up those of the parameters; returns the others."""
+        dx, dweight, dbias, dresidual = gradients
         if dweight is not None:
             self.weight_grad = dweight if self.weight_grad is None else self.weight_grad + dweight
         if dbias is not None:
@@ -215,6 +226,41 @@ class _BatchNorm:
         with self._lock:
             for name, value in values.items():
                 own[name][...] = value
+
+    @classmethod
+    def from_torch(cls, module: torch.nn.modules.batchnorm._BatchNorm, **options: Any) -> Self:
+        """A layer with copies of the parameters and running statistics of a torch layer, and all of its settings.
+
+        Parameters
+        ----------
+        module : torch.nn.BatchNorm1d, 2d or 3d, as this class is
+            Or pybn.torch's, whose activation comes along, or a SyncBatchNorm of either.
+        **options
+            Further arguments of this class, such as ``channel_axis``.
+
+        Returns
+        -------
+        layer
+            Of float64 if the module is, otherwise of float32, which holds half types exactly.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Another kind of module, or one in a state that no layer can have.
+        """
+        from pybn.interchange import from_torch
+
+        return from_torch(cls, module, options)
+
+    def to_torch(self) -> torch.nn.modules.batchnorm._BatchNorm:
+        """A torch layer with copies of this one's parameters and running statistics, and its settings.
+
+        `torch.nn.BatchNorm2d` for `BatchNorm2d`, or, with an activation, `pybn.torch.BatchNorm2d`. ``check_finite`` has
+        no counterpart; ``channel_axis=-1`` is a ValueError.
+        """
+        from pybn.interchange import to_torch
+
+        return to_torch(self)
 
     def _state(self) -> dict[str, Array]:
         names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
