@@ -350,6 +350,7 @@ def _require_consistent(jobs: list[Job], pages: list[Path], png: Path | None, as
     for page in everything:
         if not page.parent.is_dir():
             fail(f"{page}: there is no folder {str(page.parent)!r}", WRONG_USAGE)
+    _require_other_files(jobs, everything)
     if as_json and to_stdout:
         fail("the model goes to standard output: write JSON to a file (--report FILE.json)", WRONG_USAGE)
     # Imported before anything is written, in case they are not installed.
@@ -357,6 +358,18 @@ def _require_consistent(jobs: list[Job], pages: list[Path], png: Path | None, as
         importlib.import_module("pybn.folding.html")
     if png is not None:
         importlib.import_module("pybn.folding.picture")
+
+
+def _require_other_files(jobs: list[Job], pages: list[Path]) -> None:
+    """End with wrong usage if a report would be written over a model."""
+    if not pages:
+        return
+    from pybn.folding import disk
+
+    models = [path for job in jobs for path in (job.source, job.target) if path is not None and path != STANDARD]
+    for page in pages:
+        if any(disk.is_same_file(page, model) for model in models):
+            fail(f"{page}: the report would be written over the model", WRONG_USAGE)
 
 
 def _require_name(source: Path) -> None:
@@ -473,8 +486,10 @@ def _note(text: str, options: Options) -> None:
 
 
 def _to_standard_output(content: bytes) -> None:
+    left = memoryview(content)
     try:
-        sys.stdout.buffer.write(content)
+        while left:  # an unbuffered stream, that of PYTHONUNBUFFERED, writes a part and leaves it at that
+            left = left[sys.stdout.buffer.write(left) :]
         sys.stdout.buffer.flush()
     except OSError:
         # What is in the buffer still must not be tried once more at exit.
@@ -498,7 +513,10 @@ def _write_pages(report: FoldReport, pages: list[Path], png: Path | None) -> Non
     if png is not None:
         from pybn.folding.picture import render_png
 
-        contents[png] = render_png(report)
+        try:
+            contents[png] = render_png(report)
+        except ValueError as error:  # there is nothing to draw
+            raise Failed(f"{png}: {error}") from error
     for page, content in contents.items():
         try:
             with disk.replacing(page) as file:
@@ -618,7 +636,8 @@ def _one_line_errors(source: Path, target: Path | None = None) -> Iterator[None]
         raise Failed(str(error)) from error
     except OSError as error:
         where = error.filename if target is None else "standard output" if target == STANDARD else target
-        raise Failed(f"{where}: {error.strerror or error}; nothing was written") from error
+        what = "it has no whole model" if target == STANDARD else "nothing was written"
+        raise Failed(f"{where}: {error.strerror or error}; {what}") from error
     except RecursionError as error:
         raise Failed(f"{source}: the model is nested too deeply") from error
     except MemoryError as error:

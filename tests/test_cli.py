@@ -228,6 +228,8 @@ def test_wrong_usage(model, tmp_path):
     os.link(model, link)
     one_line_error(run("fold", model, link), "OUT is the same file as IN", code=2)
     other = tmp_path / "sub" / "model.onnx"
+    report_as_model = tmp_path / "model.json"
+    report_as_model.write_bytes(model.read_bytes())
     for arguments, message in [
         ((model, link, other), "3 paths: several models need --output-dir or --in-place"),
         ((model, "-o", tmp_path), "OUT is the same file as IN"),
@@ -239,6 +241,8 @@ def test_wrong_usage(model, tmp_path):
         ((model, "--png", tmp_path / "r.jpg"), "expected a name that ends in .png"),
         ((model, "--report", tmp_path / "no" / "r.html"), "there is no folder"),
         ((model, link, "--in-place", "--report", tmp_path / "r.html"), "take one model"),
+        ((report_as_model, "--report", report_as_model), "the report would be written over the model"),
+        ((model, tmp_path / "o.json", "--report", tmp_path / "o.json"), "the report would be written over the model"),
         ((model, "--skip", "nobody"), "nobody"),
         ((model, "--only", "norm_a", "--only", "nobody"), "nobody"),
     ]:
@@ -248,7 +252,7 @@ def test_wrong_usage(model, tmp_path):
         result = run(*arguments)
         assert result.exit_code == 2
         assert "Traceback" not in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx", "link.onnx"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "link.onnx", "model.json"}
 
 
 def test_failing_write_keeps_the_old_file(model, monkeypatch):
@@ -451,6 +455,16 @@ def test_one_bad_model_does_not_stop_the_others(model, tmp_path):
     assert [path.name for path in out.iterdir()] == ["model.onnx"]
 
 
+def test_a_picture_of_no_weights_is_one_line(tmp_path):
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Relu", ["x"], ["y"])],
+        "g",
+        *([onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1])] for name in "xy"),
+    )
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "plain.onnx")
+    one_line_error(run("fold", tmp_path / "plain.onnx", "--png", tmp_path / "p.png"), "no weights to draw")
+
+
 # Standard input and output
 
 
@@ -486,6 +500,35 @@ def test_standard_input_that_is_no_model_or_is_not_whole_is_one_line(model, tmp_
     one_line_error(result, "is in an external file: give the path of the model")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs limits on the size of files")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_model_that_standard_output_takes_in_part_is_a_failure(tmp_path, model, unbuffered):
+    """Unbuffered, the first write says that it wrote a part, and only the second one fails."""
+    import resource
+
+    whole = run_pybn(model).stdout
+    onnx.load_from_string(whole)
+    target = tmp_path / "part.onnx"
+    limit = len(whole) // 2
+    with target.open("wb") as part:
+        result = run_pybn(
+            model,
+            stdout=part,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )
+    assert result.returncode == 1
+    assert b"File too large" in result.stderr
+    assert target.stat().st_size <= limit
+
+
+def run_pybn(model, **options):
+    """`pybn fold MODEL -` in a process of its own."""
+    command = [sys.executable, "-c", "from pybn.cli import main; main()", "fold", str(model), "-", "--quiet"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.run(command, check=False, cwd=model.parent, **options)  # not in a source tree
+
+
 @pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
 def test_a_full_standard_output_is_one_line(model):
     with FULL.open("wb") as full:
@@ -497,7 +540,7 @@ def test_a_full_standard_output_is_one_line(model):
             cwd=model.parent,
         )
     assert result.returncode == 1
-    assert result.stderr == b"pybn: standard output: No space left on device; nothing was written\n"
+    assert result.stderr == b"pybn: standard output: No space left on device; it has no whole model\n"
 
 
 # External data
@@ -552,6 +595,15 @@ def test_in_place_says_which_data_file_is_of_no_more_use(outside):
     (outside.parent / "w.bin").unlink()
     assert run("fold", outside, "--in-place", "--check", 1).exit_code == 0
     assert names(outside.parent) == ["m.onnx", "m.onnx.data"]
+
+
+def test_in_place_through_a_link_does_not_call_data_useless_that_its_model_needs(outside):
+    link = outside.with_name("link.onnx")
+    link.symlink_to(outside)
+    result = run("fold", link, "--in-place")
+    assert result.exit_code == 0
+    assert "any more" not in result.stderr
+    read_model(outside)
 
 
 def test_a_reversible_model_with_a_data_file_comes_back_with_it(outside, tmp_path):

@@ -7,6 +7,7 @@ Read in this order; each file uses only those above it:
 - ``weights``          the array algebra: a map absorbed by the weights of a linear operator before it,
 - ``weights_forward``  or after it
 - ``state_dict``       the same for a dictionary of arrays
+- ``protos``         ONNX messages: their graphs and tensors, how large these are, and copies without them
 - ``graph``            what a rule may ask of an ONNX graph: constants, shapes, types
 - ``steps``            what a rule is, and what it answers
 - ``sources``          the nodes that are maps themselves: read, and written
@@ -25,7 +26,6 @@ Read in this order; each file uses only those above it:
 - ``engine``           the fold of a model in place: every node in its turn
 - ``passes``           the same as a pass of onnx-ir
 - ``disk``             regular files, and how they are replaced so that a failure changes nothing
-- ``protos``           ONNX messages: their tensors, and copies without the tensors' data
 - ``external``         tensors in files beside a model, checked before they are read
 - ``validity``         what a model must be before anything is done with it
 - ``files``            reading models without trusting them, writing them so that a failure changes nothing

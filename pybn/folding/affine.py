@@ -14,6 +14,13 @@ from pybn.folding.reasons import FoldError, Reason
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
 
+# Weights of these types can be folded. Names, so that ml_dtypes, which has bfloat16, need not be imported.
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+# The most channels of a map, and values of a constant that a fold makes anew: 64 MiB of float32. A model that declares
+# absurd sizes must not fill the memory, nor a border map of a satellite image the model.
+MOST_VALUES = 2**24
+
 
 @dataclass(frozen=True)
 class Affine:
@@ -129,10 +136,10 @@ class Affine:
         Raises
         ------
         FoldError
-            If the map is along another axis, or has another number of channels.
+            If the map is along another axis, has another number of channels, or would have too many.
         """
         if self.axis is None:
-            return Affine(np.repeat(self.scale, channels), np.repeat(self.shift, channels), axis)
+            return replace(self, axis=axis).repeated(channels)
         if self.axis != axis:
             raise FoldError(Reason.CHANNEL_AXIS, f"the map is along axis {self.axis}, the operator's along {axis}")
         if self.scale.size != channels:
@@ -193,16 +200,25 @@ class Affine:
         """Return the map of the channels from `start` up to `stop`."""
         return self if self.axis is None else replace(self, scale=self.scale[start:stop], shift=self.shift[start:stop])
 
+    def among(self, positions: slice, channels: int) -> Affine:
+        """Return the map over more channels: at these positions what it is, and elsewhere the identity."""
+        require_size(channels, "a map")
+        scale, shift = np.ones(channels), np.zeros(channels)
+        scale[positions], shift[positions] = self.scale, self.shift
+        return replace(self, scale=scale, shift=shift)
+
     def repeated(self, times: int) -> Affine:
         """Return the map with every channel `times` times in a row: 0 0 1 1 2 2."""
         if self.axis is None:
             return self
+        require_size(self.scale.size * times, "a map")
         return replace(self, scale=np.repeat(self.scale, times), shift=np.repeat(self.shift, times))
 
     def tiled(self, times: int) -> Affine:
         """Return the map with all channels, `times` times over: 0 1 2 0 1 2."""
         if self.axis is None:
             return self
+        require_size(self.scale.size * times, "a map")
         return replace(self, scale=np.tile(self.scale, times), shift=np.tile(self.shift, times))
 
 
@@ -236,8 +252,13 @@ def round_to(values: Float64, dtype: np.dtype[Any], name: str) -> Array:
 
 def is_supported(dtype: np.dtype[Any]) -> bool:
     """Say whether weights of this type can be folded."""
-    # bfloat16 is known by name, so that ml_dtypes need not be imported.
-    return dtype.name in ("float16", "bfloat16", "float32", "float64")
+    return dtype.name in FLOATS
+
+
+def require_size(count: int, what: str) -> None:
+    """Raise FoldError for something that would have more than `MOST_VALUES` values."""
+    if count > MOST_VALUES:
+        raise FoldError(Reason.TOO_LARGE, f"{what} would have {count} values, more than {MOST_VALUES}")
 
 
 def _require_finite(values: Float64, name: str) -> None:

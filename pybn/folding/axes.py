@@ -120,22 +120,23 @@ def _reshaped_or_refusal(
 
 
 def _transpose_forward(node: ir.Node, affine: Affine, facts: Facts) -> Affine | Refusal:
-    order = _order(node, facts)
+    order = _order(node, affine, facts)
     return _unproven(node) if order is None else affine.along(order.index(_axis(affine)))
 
 
 def _transpose_backward(node: ir.Node, affine: Affine, facts: Facts) -> Affine | Refusal:
-    order = _order(node, facts)
+    order = _order(node, affine, facts)
     return _unproven(node) if order is None else affine.along(order[_axis(affine)])
 
 
-def _order(node: ir.Node, facts: Facts) -> list[int] | None:
-    """Return the input axis of each output axis of a Transpose."""
+def _order(node: ir.Node, affine: Affine, facts: Facts) -> list[int] | None:
+    """Return the input axis of each output axis of a Transpose, if that of the map is among them."""
     order = attribute(node, "perm", None)
-    if order is not None:
-        return [int(axis) for axis in order]
-    dims = _dims(node.inputs[0], facts)
-    return None if dims is None else list(range(len(dims)))[::-1]
+    if order is None:
+        dims = _dims(node.inputs[0], facts)
+        order = [] if dims is None else range(len(dims))[::-1]
+    axes = range(len(order))
+    return [int(axis) for axis in order] if sorted(order) == list(axes) and _axis(affine) in axes else None
 
 
 def _squeeze_forward(node: ir.Node, affine: Affine, facts: Facts) -> Affine | Refusal:

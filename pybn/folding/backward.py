@@ -61,8 +61,8 @@ def gemm(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refu
         return Refusal(Reason.PARAMETER_SHAPE, "the weight or bias of Gemm has the wrong rank")
     features = weight.shape[output_axis]
     per_channel = affine.over(features, 1)
-    if bias is not None and bias.shape[-1:] not in ((), (1,), (features,)):
-        return _wrong_bias(bias, features)
+    if not is_per_channel(bias, features):
+        return wrong_bias(node, bias)
     attributes: dict[str, int | None] = {"beta": None}
     if facts.opset(node) < 7:
         attributes["broadcast"] = 1
@@ -355,7 +355,7 @@ def split(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Ref
     if affine.axis not in (None, axis):
         return Refusal(Reason.CHANNEL_AXIS, f"Split is along axis {axis}, the map along {affine.axis}")
     part = affine.over(known[index], axis)
-    return Step(carries=((0, _within(part, start, whole)),))
+    return Step(carries=((0, part.among(slice(start, start + known[index]), whole)),))
 
 
 def slice_(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
@@ -372,13 +372,10 @@ def slice_(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Re
     whole = facts.size(value, affine.axis)
     if whole is None or kept.step < 1:
         return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the channels that Slice keeps, and their order, are not proven")
-    positions = np.arange(whole)[kept]
     # Where Python and ONNX disagree, about bounds before the start, the length tells.
-    if positions.size != affine.scale.size or facts.size(node.outputs[0], affine.axis) != positions.size:
+    if not len(range(whole)[kept]) == affine.scale.size == facts.size(node.outputs[0], affine.axis):
         return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the channels that Slice keeps are not proven")
-    scale, shift = np.ones(whole), np.zeros(whole)
-    scale[positions], shift[positions] = affine.scale, affine.shift
-    return Step(carries=((0, Affine(scale, shift, affine.axis)),))
+    return Step(carries=((0, affine.among(kept, whole)),))
 
 
 def slices(node: ir.Node, rank: int, facts: Facts) -> Mapping[int, slice]:
@@ -398,14 +395,6 @@ def slices(node: ir.Node, rank: int, facts: Facts) -> Mapping[int, slice]:
     if {len(ends), len(cut), len(steps)} != {len(starts)} or 0 in steps:
         raise FoldError(Reason.PARAMETER_SHAPE, "the starts, ends, axes and steps of Slice contradict each other")
     return {axis: slice(*bounds) for axis, *bounds in zip(cut, starts, ends, steps, strict=True)}
-
-
-def _within(part: Affine, start: int, whole: int) -> Affine:
-    """Return the map that is `part` from the channel `start` on, and the identity elsewhere."""
-    scale, shift = np.ones(whole), np.zeros(whole)
-    scale[start : start + part.scale.size] = part.scale
-    shift[start : start + part.scale.size] = part.shift
-    return Affine(scale, shift, part.axis)
 
 
 def pad(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
@@ -522,25 +511,51 @@ BACKWARD: dict[str, Rule] = {
 
 
 def _weight_and_bias(node: ir.Node, facts: Facts, *, bias_rank: int | None = 1) -> tuple[Array, Array | None] | Refusal:
-    """Read inputs 1 and 2. An absent bias is a missing input, or one with an empty name."""
-    inputs: list[ir.Value | None] = [*node.inputs, None, None]
-    weight = facts.constant(inputs[1])
-    if weight is None:
-        return unavailable(facts, inputs[1], f"the weight of {node.op_type}", parameter=False)
-    if not is_supported(weight.dtype):
-        return _unsupported(weight, f"the weight of {node.op_type}")
+    """Read inputs 1 and 2 of a linear operator."""
+    weight = weight_of(node, facts)
+    if isinstance(weight, Refusal):
+        return weight
     if weight.ndim < 2:
         return Refusal(Reason.PARAMETER_SHAPE, f"the weight of {node.op_type} is not a matrix")
-    if inputs[2] is None:
-        return weight, None
-    bias = facts.constant(inputs[2])
+    bias = bias_of(node, weight, facts)
+    if isinstance(bias, Refusal):
+        return bias
+    if bias is not None and bias_rank is not None and bias.ndim != bias_rank:
+        return wrong_bias(node, bias)
+    return weight, bias
+
+
+def weight_of(node: ir.Node, facts: Facts) -> Array | Refusal:
+    """Read the weight of a linear operator, its input 1."""
+    value = input_of(node, 1)
+    weight = facts.constant(value)
+    if weight is None and facts.dequantized(value) is not None:
+        return Refusal(
+            Reason.QUANTIZATION, f"the weight of {node.op_type} is quantized, and its scales are not those of the map"
+        )
+    if weight is None:
+        return unavailable(facts, value, f"the weight of {node.op_type}", parameter=False)
+    if not is_supported(weight.dtype):
+        return _unsupported(weight, f"the weight of {node.op_type}")
+    return weight
+
+
+def bias_of(node: ir.Node, weight: Array, facts: Facts) -> Array | Refusal | None:
+    """Read the bias of a linear operator, its input 2, if there is one."""
+    value = input_of(node, 2)
+    if value is None:
+        return None
+    bias = facts.constant(value)
     if bias is None:
-        return unavailable(facts, inputs[2], f"the bias of {node.op_type}", parameter=False)
+        return unavailable(facts, value, f"the bias of {node.op_type}", parameter=False)
     if bias.dtype != weight.dtype:
         return Refusal(Reason.TYPE_MISMATCH, f"the weight is {weight.dtype} but the bias is {bias.dtype}")
-    if bias_rank is not None and bias.ndim != bias_rank:
-        return _wrong_bias(bias, None)
-    return weight, bias
+    return bias
+
+
+def is_per_channel(bias: Array | None, channels: int) -> bool:
+    """Say whether a bias, if there is one, has one value per channel along its last axis, or one for all."""
+    return bias is None or bias.shape[-1:] in ((), (1,), (channels,))
 
 
 def _absorb(
@@ -552,16 +567,15 @@ def _absorb(
     *,
     gain: float = 1.0,
     attributes: Mapping[str, int | None] | None = None,
-) -> Step:
+) -> Step | Refusal:
     """Make the step in which a linear operator takes up the whole map."""
     constants: dict[int, Array] = {}
     if not affine.keeps_scale:
         constants[1] = round_to(scaled, weight.dtype, "the folded weight")
     if bias is None and affine.keeps_zero:
         return Step((Rewrite(node, constants),))
-    channels = affine.scale.size
-    if bias is not None and bias.shape[-1:] not in ((), (1,), (channels,)):
-        raise FoldError(Reason.PARAMETER_SHAPE, _wrong_bias(bias, channels).detail)
+    if not is_per_channel(bias, affine.scale.size):
+        return wrong_bias(node, bias)
     constants[2] = round_to(map_bias(bias, affine, gain), weight.dtype, "the folded bias")
     return Step((Rewrite(node, constants, attributes=attributes or {}),))
 
@@ -598,8 +612,8 @@ def _absorb_quantized(node: ir.Node, affine: Affine, axis: int, facts: Facts) ->
         plain = integers.array if integers is not None else array
         if array is not None and array.dtype != dtype:
             return Refusal(Reason.TYPE_MISMATCH, f"the weight is {dtype} but the bias is {array.dtype}")
-        if plain is not None and plain.shape[-1:] not in ((), (1,), per_channel.scale.shape):
-            return _wrong_bias(plain, per_channel.scale.size)
+        if not is_per_channel(plain, per_channel.scale.size):
+            return wrong_bias(node, plain)
         constants[2] = round_to(map_bias(plain, per_channel, gain), dtype, "the folded bias")
     return Step((Rewrite(node, constants, attributes={"beta": None} if gain != 1.0 and 2 in constants else {}),))
 
@@ -629,8 +643,10 @@ def _spatial(node: ir.Node, affine: Affine) -> Refusal | None:
     return None
 
 
-def _wrong_bias(bias: Array, channels: int | None) -> Refusal:
-    return Refusal(Reason.PARAMETER_SHAPE, f"the bias has shape {bias.shape}, the operator {channels} channels")
+def wrong_bias(node: ir.Node, bias: Array | None) -> Refusal:
+    """Refuse a bias that is not one value per channel."""
+    shape = () if bias is None else bias.shape
+    return Refusal(Reason.PARAMETER_SHAPE, f"the bias of {node.op_type} has shape {shape}, not one value per channel")
 
 
 def _unsupported(array: Array, what: str) -> Refusal:

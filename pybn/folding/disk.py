@@ -36,12 +36,13 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def replacing(target: Path) -> Iterator[BinaryIO]:
+def replacing(target: Path, like: Path | None = None) -> Iterator[BinaryIO]:
     """Write a file so that `target` holds the old bytes or the new ones, never a mixture.
 
     A temporary file beside the target is written, flushed to disk and renamed when the block ends.
     If the block, or anything after it, fails, the temporary file is removed and the target is as it
-    was. A symbolic link is replaced, not followed.
+    was. A symbolic link is replaced, not followed. The permissions are those that the target has,
+    or else those of the file `like`, if it is given.
 
     Raises
     ------
@@ -57,8 +58,9 @@ def replacing(target: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if target.is_file() and not target.is_symlink():
-            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+        before = target if like is None or os.path.lexists(target) else like
+        if before.is_file() and not before.is_symlink():
+            temporary.chmod(stat.S_IMODE(before.stat().st_mode))
         os.replace(temporary, target)  # noqa: PTH105 - the tests make this very call fail
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -31,6 +31,12 @@ class Options:
     only: Collection[str] = ()
     progress: Progress | None = None
 
+    def __post_init__(self) -> None:
+        """Reject a name in the place of a collection of names, which would be taken for its letters."""
+        for what, names in (("skip", self.skip), ("only", self.only)):
+            if isinstance(names, str):
+                raise TypeError(f"{what} is a string, expected a collection of them: ({names!r},)")
+
 
 def fold_in_place(model: ir.Model, options: Options) -> FoldReport:
     """Fold a model and report on every affine node that it had.

@@ -219,9 +219,10 @@ def fits_one_file(proto: onnx.ModelProto) -> bool:
 
 
 def unused_data_files(before: Collection[Path], path: Path) -> list[Path]:
-    """Return those of the files `before` that are there, but hold nothing of the model at `path` any more."""
+    """Return those of the files `before` that neither the model at `path` nor one beside it uses any more."""
     now = external.files_of(onnx.ModelProto.FromString(path.read_bytes()), path.parent)
-    return sorted(file for file in before if file not in now and file.exists())
+    left = [file for file in before if file not in now and file.exists()]
+    return sorted(file for file in left if not _is_mentioned(file.name, path))
 
 
 def _write_two_files(
@@ -231,7 +232,7 @@ def _write_two_files(
     folder: Path | None,
 ) -> FileInfo:
     old = _own_data_files(target)
-    data, is_new = _write_data(target, outside, folder)
+    data, is_new = _write_data(target, outside, folder, like=min(old, default=None))
     for tensor, _ in outside:
         tensor.external_data[0].value = data.name
     content = model.SerializeToString(deterministic=True)
@@ -275,9 +276,9 @@ def _moved_outside(
 
 
 def _write_data(
-    target: Path, outside: list[tuple[onnx.TensorProto, onnx.TensorProto]], folder: Path | None
+    target: Path, outside: list[tuple[onnx.TensorProto, onnx.TensorProto]], folder: Path | None, like: Path | None
 ) -> tuple[Path, bool]:
-    """Write the data file of a model under a name that nothing has; say whether it is new.
+    """Write the data file of a model under a name that nothing has, as readable as `like`; say whether it is new.
 
     One that is there already with the same bytes is used instead.
     """
@@ -287,7 +288,7 @@ def _write_data(
             break
         taken.append(file)
     places = [external.locate(tensor, _require(folder)) if is_external(tensor) else None for _, tensor in outside]
-    with disk.replacing(file) as stream:
+    with disk.replacing(file, like) as stream:
         for (tensor, original), place in zip(outside, places, strict=True):
             stream.seek(int(tensor.external_data[1].value))
             if place is None:

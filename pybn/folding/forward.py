@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from pybn.folding import axes, backward
-from pybn.folding.affine import Affine, Array, Float64, is_supported, round_to
+from pybn.folding.affine import Affine, Array, Float64, is_supported, require_size, round_to
 from pybn.folding.graph import Facts, attribute, input_of, unavailable
 from pybn.folding.reasons import Reason, Refusal
 from pybn.folding.sources import chain_constant
@@ -38,6 +39,9 @@ DEFAULT_SLOPE = float(np.float32(0.01))
 # Since these opsets the bias of Gemm broadcasts as in NumPy, and Max and Min take bfloat16.
 BROADCASTING_GEMM = 7
 BFLOAT16_MAX = 13
+
+# Since this opset SAME means that the output of ConvTranspose is as many times longer as its stride says.
+TRANSPOSED_SAME = 11
 
 # Since opset 11 the bounds of Clip are inputs, since 12 it takes every type that Relu does but bfloat16, since 13 all.
 CLIP_WITH_INPUTS = {"Clip": 11, "Relu": 13}
@@ -92,20 +96,36 @@ def _conv_transpose_reaches(
 ) -> list[Float64] | Refusal:
     if affine.keeps_zero:
         return [conv_reach(Window(taps), None) for taps in kernel]
-    if "output_shape" in node.attributes or attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        return Refusal(Reason.PADDING, "the output of ConvTranspose is given, and not its padding")
-    windows = _windows(node, kernel, facts)
-    if isinstance(windows, Refusal):
-        return windows
-    more = [int(n) for n in attribute(node, "output_padding", [0] * len(kernel))]
+    rank = len(kernel)
+    geometry = _geometry(node, kernel)
+    if isinstance(geometry, Refusal):
+        return geometry
+    strides, dilations, pads = geometry
+    auto_pad = attribute(node, "auto_pad", "NOTSET")
+    wanted = attribute(node, "output_shape", None)
+    more = [int(number) for number in attribute(node, "output_padding", [0] * rank)]
+    if len(more) != rank or (wanted is not None and len(wanted) != rank):
+        return _contradiction(node)
+    if auto_pad.startswith("SAME") and facts.opset(node) < TRANSPOSED_SAME:
+        return Refusal(Reason.OLD_OPSET, f"ConvTranspose of opset {facts.opset(node)} does not say what SAME means")
     reaches = []
-    for axis, size in enumerate(_spatial_sizes(node.inputs[0], len(kernel), facts)):
-        if windows[axis] == Window(1) and not more[axis]:  # nothing happens along this axis
+    for axis, size in enumerate(_spatial_sizes(node.inputs[0], rank, facts)):
+        window = Window(int(kernel[axis]), strides[axis], dilations[axis])
+        is_free = auto_pad in ("NOTSET", "", "VALID") and wanted is None
+        if is_free and auto_pad != "VALID":
+            window = replace(window, begin=pads[axis], end=pads[rank + axis])
+        if is_free and window == Window(1) and not more[axis]:  # nothing happens along this axis
             reaches.append(np.ones((1, 1)))
-        elif size is None:
+            continue
+        if size is None:
             return _unknown_border(node, axis)
-        else:
-            reaches.append(conv_transpose_reach(windows[axis], size, more[axis]))
+        if not is_free:
+            outputs = size * window.stride if wanted is None else int(wanted[axis])
+            cut = window.stride * (size - 1) + more[axis] + window.extent - outputs
+            if cut < 0 or cut % 2:
+                return Refusal(Reason.PADDING, "runtimes differ in where ConvTranspose loses an odd number of outputs")
+            window = replace(window, begin=cut // 2, end=cut // 2)
+        reaches.append(conv_transpose_reach(window, size, more[axis]))
     return reaches
 
 
@@ -124,9 +144,11 @@ def gemm(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refu
         return Step((Rewrite(node, constants),))
     if facts.opset(node) < BROADCASTING_GEMM:
         return Refusal(Reason.OLD_OPSET, f"Gemm of opset {facts.opset(node)} broadcasts its bias in another way")
-    bias = _bias(node, weight, facts)
+    bias = backward.bias_of(node, weight, facts)
     if isinstance(bias, Refusal):
         return bias
+    if not backward.is_per_channel(bias, added.size) or (bias is not None and bias.ndim > 2):
+        return backward.wrong_bias(node, bias)
     total = float(attribute(node, "alpha", 1.0)) * added
     if bias is not None:
         total = float(attribute(node, "beta", 1.0)) * bias.astype(np.float64) + total
@@ -322,9 +344,9 @@ def average_pool(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Ste
     affine = affine.over(channels, 1)
     added = affine.shift / np.where(affine.scale == 0, 1.0, affine.scale)
     for window, size in zip(windows, sizes, strict=True):
-        added = np.multiply.outer(
-            added, data_share(window, size) if window.is_padded and size is not None else np.ones(1)
-        )
+        share = data_share(window, size)
+        require_size(added.size * share.size, "the map of the borders")
+        added = np.multiply.outer(added, share)
     border = round_to(added[None], dtype, "the map of the borders")
     return Step((Rewrite(node, after=(Insert("Add", (border,)),)),), ((0, affine.only_scale()),))
 
@@ -362,13 +384,13 @@ def _over_windows(node: ir.Node, affine: Affine) -> Step | Refusal:
     """Pass a map over the channels of a pooling operator, if there is data in every window."""
     if affine.axis not in (None, 0, 1):
         return _wrong_axis(node, affine)
-    rank = len(attribute(node, "kernel_shape", ()))
-    strides, dilations, pads = (
-        attribute(node, name, [default] * count)
-        for name, default, count in (("strides", 1, rank), ("dilations", 1, rank), ("pads", 0, 2 * rank))
-    )
-    for axis, kernel in enumerate(attribute(node, "kernel_shape", ())):
-        begin, end = pads[axis], pads[rank + axis]
+    kernels = attribute(node, "kernel_shape", ())
+    geometry = _geometry(node, kernels)
+    if isinstance(geometry, Refusal):
+        return geometry
+    strides, dilations, pads = geometry
+    for axis, kernel in enumerate(kernels):
+        begin, end = pads[axis], pads[len(kernels) + axis]
         # A dilated kernel may hold the data between two of its taps, and one that is rounded up may begin after it.
         skips = dilations[axis] > 1 and (
             begin or end or attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID")
@@ -428,10 +450,10 @@ def slice_(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Re
     cut = backward.slices(node, rank, facts).get(affine.axis)
     if cut is None:
         return Step(carries=((0, affine),))
-    kept = np.arange(channels)[cut]
-    if facts.size(node.inputs[0], affine.axis) != channels or kept.size == 0:
+    kept = Affine(affine.scale[cut], affine.shift[cut], affine.axis)
+    if facts.size(node.inputs[0], affine.axis) != channels or kept.scale.size == 0:
         return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, f"which of the {channels} channels Slice takes is not proven")
-    return Step(carries=((0, Affine(affine.scale[kept], affine.shift[kept], affine.axis)),))
+    return Step(carries=((0, kept),))
 
 
 def add(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Refusal:
@@ -509,13 +531,7 @@ def _weight(node: ir.Node, index: int, facts: Facts) -> Array | Refusal:
     """Read the weight of a linear operator whose data is its first input."""
     if index != 0:
         return _not_data(node)
-    value = input_of(node, 1)
-    weight = facts.constant(value)
-    if weight is None:
-        return unavailable(facts, value, f"the weight of {node.op_type}", parameter=False)
-    if not is_supported(weight.dtype):
-        return Refusal(Reason.UNSUPPORTED_DTYPE, f"the weight of {node.op_type} is {weight.dtype}")
-    return weight
+    return backward.weight_of(node, facts)
 
 
 def _kernel_and_groups(node: ir.Node, index: int, facts: Facts) -> tuple[Array, int] | Refusal:
@@ -527,19 +543,6 @@ def _kernel_and_groups(node: ir.Node, index: int, facts: Facts) -> tuple[Array, 
     if weight.ndim < 3 or groups < 1 or weight.shape[0] % groups:
         return _wrong_weight(node, weight)
     return weight, groups
-
-
-def _bias(node: ir.Node, weight: Array, facts: Facts) -> Array | Refusal | None:
-    """Read the bias, if there is one. An absent one is a missing input, or one with an empty name."""
-    value = input_of(node, 2)
-    if value is None:
-        return None
-    bias = facts.constant(value)
-    if bias is None:
-        return unavailable(facts, value, f"the bias of {node.op_type}", parameter=False)
-    if bias.dtype != weight.dtype:
-        return Refusal(Reason.TYPE_MISMATCH, f"the weight is {weight.dtype} but the bias is {bias.dtype}")
-    return bias
 
 
 def _scaled_weight(weight: Array, scaled: Float64, affine: Affine) -> dict[int, Array]:
@@ -559,13 +562,13 @@ def _with_added(
             return Refusal(Reason.PADDING, f"the output of {node.op_type} has another size than its padding makes")
         border = round_to(added[None], weight.dtype, "the map of the borders")
         return Step((Rewrite(node, constants, after=(Insert("Add", (border,)),)),))
-    bias = _bias(node, weight, facts)
+    bias = backward.bias_of(node, weight, facts)
     if isinstance(bias, Refusal):
         return bias
     total = added.reshape(-1)
     if bias is not None:
         if bias.shape != total.shape:
-            return Refusal(Reason.PARAMETER_SHAPE, f"the bias of {node.op_type} has shape {bias.shape}")
+            return backward.wrong_bias(node, bias)
         total = total + bias.astype(np.float64)
     return Step((Rewrite(node, {**constants, 2: round_to(total, weight.dtype, "the folded bias")}),))
 
@@ -573,14 +576,10 @@ def _with_added(
 def _windows(node: ir.Node, kernel: Sequence[int], facts: Facts) -> list[Window] | Refusal:
     """Read how a convolution or pooling operator walks along its spatial axes, and how it is padded."""
     rank = len(kernel)
-    declared = attribute(node, "kernel_shape", kernel)
-    strides, dilations, pads = (
-        attribute(node, name, [default] * count)
-        for name, default, count in (("strides", 1, rank), ("dilations", 1, rank), ("pads", 0, 2 * rank))
-    )
-    lengths_fit = (len(strides), len(dilations), len(pads)) == (rank, rank, 2 * rank)
-    if not lengths_fit or tuple(declared) != tuple(kernel) or min(*strides, *dilations, 1) < 1 or min(pads) < 0:
-        return Refusal(Reason.PARAMETER_SHAPE, f"the attributes of {node.op_type} contradict its weight or each other")
+    geometry = _geometry(node, kernel)
+    if isinstance(geometry, Refusal):
+        return geometry
+    strides, dilations, pads = geometry
     auto_pad = attribute(node, "auto_pad", "NOTSET")
     windows = []
     for axis, size in enumerate(_spatial_sizes(node.inputs[0], rank, facts)):
@@ -594,6 +593,21 @@ def _windows(node: ir.Node, kernel: Sequence[int], facts: Facts) -> list[Window]
     return windows
 
 
+def _geometry(node: ir.Node, kernel: Sequence[int]) -> tuple[list[int], list[int], list[int]] | Refusal:
+    """Read the strides, dilations and pads of a convolution or pooling operator."""
+    rank = len(kernel)
+    strides, dilations, pads = (
+        [int(number) for number in attribute(node, name, [default] * count)]
+        for name, default, count in (("strides", 1, rank), ("dilations", 1, rank), ("pads", 0, 2 * rank))
+    )
+    lengths_fit = (len(strides), len(dilations), len(pads)) == (rank, rank, 2 * rank)
+    is_kernel = tuple(attribute(node, "kernel_shape", kernel)) == tuple(kernel)
+    if not (lengths_fit and is_kernel) or min(*strides, *dilations, 1) < 1 or min(pads, default=0) < 0:
+        return _contradiction(node)
+    require_size(max(*strides, *dilations, *pads, 1), f"a window of {node.op_type}")
+    return strides, dilations, pads
+
+
 def _spatial_sizes(value: ir.Value | None, rank: int, facts: Facts) -> list[int | None]:
     """Return the lengths of the axes after batch and channels, None where they are not proven."""
     return [facts.size(value, 2 + axis) for axis in range(rank)]
@@ -604,6 +618,10 @@ def _spatial_sizes(value: ir.Value | None, rank: int, facts: Facts) -> list[int 
 
 def _not_data(node: ir.Node) -> Refusal:
     return Refusal(Reason.NO_LINEAR_CONSUMER, f"it is not the data of {node.op_type}, but one of its parameters")
+
+
+def _contradiction(node: ir.Node) -> Refusal:
+    return Refusal(Reason.PARAMETER_SHAPE, f"the attributes of {node.op_type} contradict its weight or each other")
 
 
 def _wrong_weight(node: ir.Node, weight: Array) -> Refusal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,20 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from pybn.folding import protos
+from pybn.folding.affine import FLOATS, is_supported
 from pybn.folding.reasons import FoldError, Reason, Refusal
 
 STANDARD_DOMAINS = ("", "ai.onnx")
 
-FLOATS = frozenset({"float16", "bfloat16", "float32", "float64"})
-
 # Of what DequantizeLinear takes, the types that NumPy has.
 INTEGERS = frozenset({"int8", "uint8", "int16", "uint16", "int32"})
+
+# More axes than these are an error, not a tensor.
+MOST_AXES = 64
+
+# Operators that have weights.
+LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 # Before IR version 4 an initializer had to be listed among the graph inputs; it is a constant all
 # the same. Since then a listed one is a default that the caller may override.
@@ -179,11 +185,14 @@ class Facts:
         if values is None or scale is None or (has_zero and zero_point is None):
             return None
         # Before opset 13 there is one scale; since 21 there may be blocks, which have no place here.
-        axis = int(attribute(node, "axis", 1)) if scale.size > 1 else 0
+        axis = int(attribute(node, "axis", 1)) % max(values.ndim, 1) if scale.size > 1 else 0
         plain = not attribute(node, "block_size", 0) and not attribute(node, "output_dtype", 0)
-        if scale.ndim > 1 or scale.dtype.name not in FLOATS or values.dtype.name not in INTEGERS or not plain:
+        one_each = scale.ndim < 2 and (scale.size == 1 or scale.shape == values.shape[axis : axis + 1])
+        if not (plain and one_each and is_supported(scale.dtype)) or values.dtype.name not in INTEGERS:
             return None
-        return Dequantized(values, scale, zero_point, axis % max(values.ndim, 1))
+        if zero_point is not None and zero_point.size != scale.size:
+            return None
+        return Dequantized(values, scale, zero_point, axis)
 
     def is_overridable(self, value: ir.Value | None) -> bool:
         """Say whether the value is a default that the caller of the model may override."""
@@ -230,7 +239,7 @@ class Facts:
     def is_float(self, value: ir.Value | None) -> bool:
         """Say whether the elements are proven to be of one of the float types that can be folded."""
         dtype = self.dtype(value)
-        return dtype is not None and dtype.name in FLOATS
+        return dtype is not None and is_supported(dtype)
 
     def forget(self) -> None:
         """Forget what was read of nodes, because the graph has changed."""
@@ -310,7 +319,7 @@ def _evaluate(node: ir.Node, array: npt.NDArray[Any]) -> npt.NDArray[Any] | None
     if node.op_type == "Cast":
         target = ir.DataType(attribute(node, "to", 0)).numpy()
         # Between floats only, and not from float64 to bfloat16, where runtimes round once or twice.
-        if {array.dtype.name, target.name} - FLOATS or (array.dtype.name, target.name) == ("float64", "bfloat16"):
+        if {array.dtype.name, target.name} - set(FLOATS) or (array.dtype.name, target.name) == ("float64", "bfloat16"):
             return None
         with np.errstate(over="ignore"):  # infinite values are refused by whoever uses them
             return array.astype(target)
@@ -318,27 +327,22 @@ def _evaluate(node: ir.Node, array: npt.NDArray[Any]) -> npt.NDArray[Any] | None
 
 
 def _constant_node_array(node: ir.Node) -> npt.NDArray[Any] | None:
-    for name, attribute in node.attributes.items():
-        if attribute.is_ref():
+    for name, item in node.attributes.items():
+        if item.is_ref():
             return None
         if name == "value":
-            return attribute.as_tensor().numpy()
-        if name == "value_float":
-            return np.array(attribute.as_float(), dtype=np.float32)
-        if name == "value_floats":
-            return np.array(attribute.as_floats(), dtype=np.float32)
-        if name == "value_int":
-            return np.array(attribute.as_int(), dtype=np.int64)
-        if name == "value_ints":
-            return np.array(attribute.as_ints(), dtype=np.int64)
+            return item.as_tensor().numpy()
+        if name in ("value_float", "value_floats"):
+            return np.array(item.value, dtype=np.float32)
+        if name in ("value_int", "value_ints"):
+            return np.array(item.value, dtype=np.int64)
     return None
 
 
 def _infer(model: ir.Model) -> dict[ir.Value, ir.Value]:
     """Infer shapes and types: by each value of the model, a copy that knows them."""
     try:
-        bare = _bare(model)
-        inferred = ir.from_proto(onnx.shape_inference.infer_shapes(bare, data_prop=True))
+        inferred = ir.from_proto(_inferred(_bare(model)))
     except Exception:  # whatever inference dislikes: a shape that is not proven is a refusal
         return {}
     # Names are unique only within one graph: the branches of an If may repeat them.
@@ -355,6 +359,43 @@ def _infer(model: ir.Model) -> dict[ir.Value, ir.Value]:
         for output in node.outputs
         if (scope.label, output.name) in copies
     }
+
+
+def _inferred(bare: onnx.ModelProto) -> onnx.ModelProto:
+    """Infer shapes, and with the ranks that this shows, more."""
+    inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+    while _declare_ranks(bare.graph, inferred.graph, {}):
+        inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+    return inferred
+
+
+def _declare_ranks(graph: onnx.GraphProto, known: onnx.GraphProto, outer: Mapping[str, onnx.TypeProto.Tensor]) -> bool:
+    """Declare of what rank a Reshape to a computed shape is: as many axes as the shape has sizes, which onnx overlooks.
+
+    Returns
+    -------
+    bool
+        Whether there was anything to declare.
+    """
+    found = False
+    declared = {info.name for info in (*graph.output, *graph.value_info)}
+    infos = (*known.input, *known.output, *known.value_info)
+    types = {**outer, **{info.name: info.type.tensor_type for info in infos}}
+    for node, same in zip(list(graph.node), known.node, strict=True):
+        for inside, inside_known in zip(protos.subgraphs(node), protos.subgraphs(same), strict=True):
+            found = _declare_ranks(inside, inside_known, types) or found
+        if node.op_type != "Reshape" or node.domain not in STANDARD_DOMAINS or len(node.input) < 2:
+            continue
+        data, shape = types.get(node.input[0]), types.get(node.input[1])
+        name, output = node.output[0], types.get(node.output[0])
+        if name in declared or data is None or shape is None or (output is not None and output.HasField("shape")):
+            continue
+        sizes = shape.shape.dim
+        if len(sizes) == 1 and sizes[0].HasField("dim_value") and 0 <= sizes[0].dim_value <= MOST_AXES:
+            rank = [None] * sizes[0].dim_value
+            graph.value_info.append(onnx.helper.make_tensor_value_info(name, data.elem_type, rank))
+            found = True
+    return found
 
 
 # Larger tensors hold weights; smaller ones may hold shapes, which inference reads.

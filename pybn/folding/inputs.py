@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from pybn.folding.affine import Array, is_supported
 from pybn.folding.files import first_line
-from pybn.folding.graph import Facts, attribute
+from pybn.folding.graph import LINEAR, Facts, attribute
 from pybn.folding.majorant import constant_array
 from pybn.folding.runtime import CheckError, Feeds, Session
 from pybn.folding.segments import Segment
@@ -28,8 +28,6 @@ SIZES = {
 }
 VARIETY = 3
 CHUNK = 100
-
-LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def random_inputs(model: onnx.ModelProto, count: int, seed: int = 0, *, folder: Path | None = None) -> list[Feeds]:

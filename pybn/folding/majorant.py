@@ -33,7 +33,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from pybn.folding.affine import Array
+from pybn.folding.affine import Array, is_supported
 from pybn.folding.graph import attribute, standard_type
 from pybn.folding.runtime import Operator
 from pybn.folding.segments import Expression
@@ -68,12 +68,10 @@ class Majorant:
 # Integers and booleans are exact: their array stands for itself.
 Known: TypeAlias = Majorant | Array
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")
-
 
 def is_float(array: Any) -> bool:
     """Say whether the array is of a type that rounds."""
-    return isinstance(array, np.ndarray) and array.dtype.name in FLOATS
+    return isinstance(array, np.ndarray) and is_supported(array.dtype)
 
 
 @dataclass(frozen=True)

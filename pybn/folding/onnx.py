@@ -1,9 +1,9 @@
-"""The fold of a whole model: find each batch norm, walk back from it, rewrite, clean up."""
+"""`fold_onnx`: a model in, a folded model and a report out."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar, overload
@@ -11,7 +11,7 @@ from typing import Generic, TypeVar, overload
 import onnx
 import onnx_ir as ir
 
-from pybn.folding import files
+from pybn.folding import files, protos
 from pybn.folding.engine import Options, Progress, fold_in_place
 from pybn.folding.report import FoldReport
 
@@ -89,10 +89,7 @@ def fold_onnx(
     TypeError
         If the argument is none of the three, or `skip` or `only` is a string.
     """
-    for what, names in (("skip", skip), ("only", only)):
-        if isinstance(names, str):
-            raise TypeError(f"{what} is a string, expected a collection of them: ({names!r},)")
-    options = Options(aggressive, frozenset(skip), frozenset(only), progress)
+    options = Options(aggressive, skip, only, progress)
     if isinstance(model_or_path, ir.Model):
         clone = model_or_path.clone()
         return FoldResult(clone, fold_in_place(clone, options))
@@ -147,8 +144,8 @@ def _serialize(model: ir.Model) -> onnx.ModelProto:
 def _restore_descriptions(result: onnx.GraphProto, original: onnx.GraphProto) -> None:
     """Undo what onnx-ir adds to, or does not know of, the types that a model declares."""
     # It writes type information for every initializer, whether there was any or not.
-    described = {info.name for graph in _graph_protos(original) for info in graph.value_info}
-    for graph in _graph_protos(result):
+    described = {info.name for graph in protos.graphs(original) for info in graph.value_info}
+    for graph in protos.graphs(result):
         constants = {tensor.name for tensor in graph.initializer}
         kept = [v for v in graph.value_info if v.name in described or v.name not in constants]
         del graph.value_info[:]
@@ -159,15 +156,6 @@ def _restore_descriptions(result: onnx.GraphProto, original: onnx.GraphProto) ->
     for info in (*result.input, *result.output):
         if info.name in declared and info.name not in constants:
             info.CopyFrom(declared[info.name])
-
-
-def _graph_protos(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for item in node.attribute:
-            for inside in (item.g, *item.graphs):
-                if inside.node:
-                    yield from _graph_protos(inside)
 
 
 __all__ = ["FoldResult", "fold_onnx"]

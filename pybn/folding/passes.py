@@ -34,7 +34,7 @@ class FoldBatchNorm(ir.passes.InPlacePass):
 
     def __init__(self, *, aggressive: bool = False, skip: Collection[str] = (), only: Collection[str] = ()) -> None:
         super().__init__()
-        self._options = Options(aggressive, frozenset(skip), frozenset(only))
+        self._options = Options(aggressive, skip, only)
         self.report: FoldReport | None = None
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

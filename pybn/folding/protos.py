@@ -1,9 +1,9 @@
-"""ONNX messages: their tensors, how large these are, and copies of messages without them."""
+"""ONNX messages: their graphs and tensors, how large these are, and copies of messages without them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import onnx
 import onnx_ir as ir
@@ -30,8 +30,25 @@ def tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Walk all tensors of a model, those in attributes, subgraphs and functions included."""
     yield from _graph_tensors(proto.graph)
     for function in proto.functions:
+        yield from _attribute_tensors(function.attribute_proto)
         for node in function.node:
-            yield from _node_tensors(node)
+            yield from _attribute_tensors(node.attribute)
+
+
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Walk a graph and all that are inside it."""
+    yield graph
+    for node in graph.node:
+        for inside in subgraphs(node):
+            yield from graphs(inside)
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Return the graphs in a node's attributes."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
 
 
 def is_external(tensor: onnx.TensorProto) -> bool:
@@ -98,11 +115,11 @@ def _copy_fields(source: Message, target: Message, *, but: str) -> None:
 def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     yield from graph.initializer
     for node in graph.node:
-        yield from _node_tensors(node)
+        yield from _attribute_tensors(node.attribute)
 
 
-def _node_tensors(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
-    for attribute in node.attribute:
+def _attribute_tensors(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.TensorProto]:
+    for attribute in attributes:
         if attribute.HasField("t"):
             yield attribute.t
         yield from attribute.tensors

@@ -8,10 +8,17 @@ import numpy as np
 import onnx_ir as ir
 
 from pybn.folding.affine import Array, Float64, is_supported
-from pybn.folding.graph import AttributeNotConstant, Facts, Scope, attribute, display_name, scopes, standard_type
+from pybn.folding.graph import (
+    LINEAR,
+    AttributeNotConstant,
+    Facts,
+    Scope,
+    attribute,
+    display_name,
+    scopes,
+    standard_type,
+)
 from pybn.folding.report import Spread, WeightRange
-
-LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 # Elements that are looked at in one go: 16 MiB of float32.
 BLOCK = 1 << 22

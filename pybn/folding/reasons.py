@@ -29,6 +29,7 @@ class Reason(str, Enum):
     NO_LINEAR_CONSUMER = "no-linear-consumer"
     MEETS_ITSELF = "meets-itself"
     TOO_FAR = "too-far"
+    TOO_LARGE = "too-large"
     NEGATIVE_SCALE = "negative-scale"
     SHIFT_STAYS = "shift-stays"
     PADDING = "padding"
@@ -68,6 +69,7 @@ UNLOCK: dict[Reason, str] = {
     Reason.NO_LINEAR_CONSUMER: "only an operator with a folding rule can absorb a map before it",
     Reason.MEETS_ITSELF: "the branches that meet would have to scale alike; only a change of the network would help",
     Reason.TOO_FAR: "put the operators that are to be joined closer together",
+    Reason.TOO_LARGE: "declare the sizes that the data really has, or feed smaller pieces",
     Reason.NEGATIVE_SCALE: "only positive scales pass this operator; see what --aggressive would do",
     Reason.SHIFT_STAYS: "only a scale passes this operator, and the shift would remain; see --aggressive",
     Reason.PADDING: "pad with the value that zero had before, or not at all; see what --aggressive would do",

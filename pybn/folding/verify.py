@@ -37,6 +37,7 @@ import onnx_ir as ir
 from google.protobuf.message import EncodeError
 
 from pybn.folding.affine import Array
+from pybn.folding.files import to_ir
 from pybn.folding.fold_proof import PRECISION, Evaluator, Local, SegmentProof
 from pybn.folding.inlining import inline, origin
 from pybn.folding.inputs import random_entries
@@ -111,11 +112,7 @@ class _Model:
         return Session(self.proto, what, optimise=optimise, folder=self.folder)
 
     def as_ir(self) -> ir.Model:
-        model = ir.from_proto(self.proto)
-        if self.folder is not None:
-            for graph in (model.graph, *(function.graph for function in model.functions.values())):
-                ir.external_data.set_base_dir(graph, self.folder.resolve())
-        return model
+        return to_ir(self.proto, self.folder)
 
     def changed(self, inlined: ir.Model) -> onnx.ModelProto:
         """Return a copy to change, with its functions inlined."""

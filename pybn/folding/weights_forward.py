@@ -9,12 +9,13 @@ Everything is float64; `pybn.folding.affine.round_to` rounds once at the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from pybn.folding.affine import Affine, Array, Float64
+from pybn.folding.affine import Affine, Array, Float64, require_size
 from pybn.folding.weights import scale_axis
 
 
@@ -78,6 +79,7 @@ def conv_reach(window: Window, size: int | None) -> Float64:
     if size is None:
         raise ValueError("size is None, expected the length of a padded axis")
     outputs = (size + window.begin + window.end - window.extent) // window.stride + 1
+    require_size(window.kernel * outputs, "the map of the borders")
     tap = window.dilation * np.arange(window.kernel)[:, None]
     position = tap + window.stride * np.arange(outputs) - window.begin
     return _collapsed((position >= 0) & (position < size))
@@ -101,6 +103,7 @@ def conv_transpose_reach(window: Window, size: int, output_padding: int) -> Floa
         1 where the tap brings data, else 0. One column if all columns are the same.
     """
     outputs = window.stride * (size - 1) + window.extent + output_padding - window.begin - window.end
+    require_size(window.kernel * outputs, "the map of the borders")
     tap = window.dilation * np.arange(window.kernel)[:, None]
     distance = np.arange(outputs) + window.begin - tap
     return _collapsed((distance >= 0) & (distance < size * window.stride) & (distance % window.stride == 0))
@@ -192,8 +195,8 @@ def absorb_matrix(weight: Array, affine: Affine, axis: int) -> tuple[Float64, Fl
     return scale_axis(weight, affine.scale, axis), added
 
 
-def data_share(window: Window, size: int) -> Float64:
-    """Say which share of each window of an average that counts its padding is data.
+def data_share(window: Window, size: int | None) -> Float64:
+    """Say which share of each window of an average that counts its padding is data; 1 altogether if nothing is padded.
 
     Returns
     -------
@@ -208,6 +211,7 @@ def _spread(taps: Float64, reaches: Sequence[Float64]) -> Float64:
     """Sum the taps, of shape (out, *kernel), that meet data at each output position."""
     # A kernel that leaves the data through several axes leaves it through each by itself, so the
     # axes are summed one after the other.
+    require_size(taps.shape[0] * math.prod(reach.shape[1] for reach in reaches), "the map of the borders")
     for axis, reach in enumerate(reaches, start=1):
         with np.errstate(over="ignore", invalid="ignore"):
             taps = np.moveaxis(np.tensordot(taps, reach, axes=(axis, 0)), -1, axis)

@@ -256,15 +256,15 @@ def conv(net: Net, x: str, outputs: int | None = None, **limits: Any) -> str:
     return net.node("Conv", x, weight, bias_name(net, groups * multiple), group=groups, **attributes)
 
 
-def conv_transpose(net: Net, x: str, *, explicit: bool = False) -> str:
-    """ConvTranspose of any groups and strides, with output_padding or, unless pads are to be explicit, auto_pad."""
+def conv_transpose(net: Net, x: str) -> str:
+    """ConvTranspose of any groups and strides, with pads, output_padding, auto_pad or output_shape."""
     draw, channels, size = net.draw, net.shape(x)[1], net.shape(x)[2:]
     groups, multiple = groups_of(net, channels), draw(st.integers(1, 3))
     strides = [draw(st.integers(1, 2)) for _ in size]
     # At least the stride, so that SAME padding is never negative.
     kernel = [draw(st.integers(s, 3)) for s in strides]
     attributes = {"kernel_shape": kernel, "strides": strides, "group": groups}
-    forms = ["plain", "pads", "output_padding", "dilations"] + ["SAME_UPPER", "SAME_LOWER"] * (not explicit)
+    forms = ["plain", "pads", "output_padding", "dilations", "output_shape", "SAME_UPPER", "SAME_LOWER"]
     form = draw(st.sampled_from(forms))
     if form == "pads":
         attributes["pads"] = [draw(st.integers(0, (k - 1) // 2)) for k in kernel * 2]
@@ -272,6 +272,9 @@ def conv_transpose(net: Net, x: str, *, explicit: bool = False) -> str:
         attributes["dilations"] = [draw(st.integers(1, 2)) for _ in size]
     elif form == "output_padding":
         attributes["output_padding"] = [s - 1 for s in strides]
+    elif form == "output_shape":
+        full = [step * (length - 1) + k for step, length, k in zip(strides, size, kernel, strict=True)]
+        attributes["output_shape"] = [draw(st.integers(max(1, most - 2), most)) for most in full]
     elif form != "plain":
         attributes["auto_pad"] = form
     weight = net.normal(channels, multiple, *kernel)

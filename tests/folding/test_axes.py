@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from fold_models import model, runtime, value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
@@ -15,6 +16,7 @@ from pybn.folding import axes
 from pybn.folding.affine import Affine
 from pybn.folding.axes import reshaped
 from pybn.folding.graph import Facts
+from pybn.folding.onnx import fold_onnx
 from pybn.folding.reasons import FoldError, Reason, Refusal
 from pybn.folding.steps import Step
 
@@ -316,3 +318,29 @@ def test_channels_that_are_all_the_same_are_along_any_axis(direction):
     axis = 2 if direction == "forward" else 1
     moved = ask(proto, direction, Affine(np.full(3, 2.0), np.full(3, 1.0), axis))
     assert (moved.axis, moved.scale.tolist(), moved.shift.tolist()) == (None, [2.0], [1.0])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_rank_of_what_is_reshaped_to_a_computed_shape_is_known(inside):
+    """As many axes as the shape has sizes: with them, what MatMul makes of its last axis has channels."""
+    rng = np.random.default_rng(0)
+    constants = {
+        "four": np.array([4]), "m": rng.normal(size=(4, 3)).astype("float32"), "k": rng.normal(size=3).astype("float32")
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("Concat", ["rows", "columns", "four"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["x", "shape"], ["r"]),
+        helper.make_node("MatMul", ["r", "m"], ["l"]),
+        helper.make_node("Mul", ["l", "k"], ["y"]),
+    ]
+    if inside:
+        branches = [helper.make_graph(nodes, "branch", [], [value("y", [None] * 3)])] * 2
+        nodes = [helper.make_node("If", ["yes"], ["y"], then_branch=branches[0], else_branch=branches[1])]
+        constants["yes"] = np.array(True)
+    sizes = [helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [1]) for name in ("rows", "columns")]
+    result = fold_onnx(model(nodes, constants, [None] * 4, [None] * 3, inputs=sizes))
+    assert [fold.op_type for fold in result.report.folds] == ["Mul"] * (1 + inside)
+    feeds = {"x": rng.normal(size=(2, 3, 4, 1)).astype("float32"), "rows": np.array([2]), "columns": np.array([3])}
+    np.testing.assert_allclose(
+        runtime(result.model, **feeds)[0], (feeds["x"].reshape(2, 3, 4) @ constants["m"]) * constants["k"], rtol=1e-5
+    )

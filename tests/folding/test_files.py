@@ -544,6 +544,13 @@ def test_the_data_of_a_model_that_is_replaced_are_removed_with_it(tmp_path):
     assert read_model(path)[0] == large_model()
 
 
+def test_the_data_of_a_model_that_is_replaced_stay_as_private_as_they_were(tmp_path):
+    save_with_data(tmp_path)
+    (tmp_path / "m.onnx.data").chmod(0o600)
+    save_with_data(tmp_path, proto=large_model(8))
+    assert (tmp_path / "m.onnx.1.data").stat().st_mode & 0o777 == 0o600
+
+
 def test_the_same_model_written_again_is_the_same_bytes(tmp_path):
     path = save_with_data(tmp_path)
     before = path.read_bytes()

@@ -295,9 +295,28 @@ def test_conv_transpose_in_onnxruntime(dims):
 
 
 @pytest.mark.parametrize(
+    "attributes",
+    [
+        {"output_shape": [9, 11]},
+        {"output_shape": [8, 10], "output_padding": [1, 1]},
+        {"auto_pad": "SAME_UPPER", "strides": [1, 1]},
+        {"auto_pad": "SAME_LOWER", "strides": [1, 3]},
+    ],
+)
+def test_conv_transpose_of_a_given_output_loses_as_much_on_either_side(attributes):
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(1, 4, 5, 5)).astype("float32")
+    weight = rng.normal(size=(4, 3, 3, 3)).astype("float32")
+    proto = one_node("ConvTranspose", x.shape, [weight], dtype="float32", group=2, **{"strides": [2, 2], **attributes})
+    folded, _, _ = assert_passes(proto, random_affine(rng, 4), x, run=runtime)
+    assert operators(folded) == ["ConvTranspose", "Add"]
+
+
+@pytest.mark.parametrize(
     ("shape", "attributes"),
     [
-        ([1, 4, 5], {"output_shape": [9]}),
+        ([1, 4, 5], {"output_shape": [10]}),  # 11 less 1, on one side or the other
+        ([1, 4, 5], {"output_shape": [12]}),
         ([1, 4, 5], {"auto_pad": "SAME_UPPER"}),
         (["N", 4, "L"], {}),
     ],

@@ -837,6 +837,7 @@ def test_every_reason_has_a_way_to_unlock_it_and_a_graph_that_shows_it():
         Reason.SKIPPED,
         Reason.NO_LINEAR_CONSUMER,
         Reason.QUANTIZATION,
+        Reason.TOO_LARGE,
     }
     assert {reason for _, reason in REFUSALS.values()} | elsewhere == set(Reason)
 

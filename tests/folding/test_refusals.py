@@ -209,6 +209,49 @@ REFUSALS: dict[str, Graph] = {
         "s = Sigmoid(x) n = BN(s) y = Conv<pads = [1, 1, 1, 1]>(n, w4)", Reason.PADDING, x="2,4,H,W",
         constants={"w4": normal(2, 4, 3, 3), "gamma": np.array([1, 0, 1, 1.0])}, aggressive=True,
     ),
+    "shifts before a padded convolution of a huge image": Graph(
+        "s = Sigmoid(x) n = BN(s) y = Conv<pads = [1, 1, 1, 1]>(n, w4)", Reason.TOO_LARGE, x="2,4,20000,20000",
+        constants={"w4": normal(2, 4, 3, 3)},
+    ),
+    "shifts before an average of a huge image that counts its padding": Graph(
+        "s = Sigmoid(x) n = BN(s) "
+        "p = AveragePool<kernel_shape = [2, 2], pads = [1, 1, 0, 0], count_include_pad = 1>(n) y = Conv(p, v)",
+        Reason.TOO_LARGE, x="2,4,20000,20000",
+    ),
+    "shifts before a padded convolution along an absurdly long axis": Graph(
+        "s = Sigmoid(x) n = BN(s) y = Conv<pads = [1, 1]>(n, w4)", Reason.TOO_LARGE, x="2,4,1099511627776", rank=3,
+        constants={"w4": normal(2, 4, 3)},
+    ),
+    "part of absurdly many channels": Graph(
+        "s = Sigmoid(x) h = Slice(s, start, end, along) y = Mul(h, row)", Reason.TOO_LARGE, x="1,1099511627776", rank=2,
+        constants={
+            "start": np.array([0]), "end": np.array([4]), "along": np.array([1]), "row": normal(1, 4),
+        },
+    ),
+    "pads of the wrong number": Graph(
+        "s = Sigmoid(x) n = BN(s) p = MaxPool<kernel_shape = [2, 2], pads = [1, 1]>(n) y = Conv(p, v)",
+        Reason.PARAMETER_SHAPE, x="2,4,6,6", constants={"gamma": np.ones(4)},
+    ),
+    "a C of Gemm that fits no product": Graph(
+        "s = Sigmoid(x) n = BN(s) y = Gemm(n, v2, c3)", Reason.PARAMETER_SHAPE, x="2,4", rank=2,
+        constants={"v2": normal(4, 2), "c3": normal(3)},
+    ),
+    "scales for other channels than the quantized weight has": Graph(
+        "q = DequantizeLinear<axis = 0>(w8, s3) c = Conv(x, q) y = BN(c)", Reason.WEIGHT_NOT_CONSTANT, dtype="float32",
+        constants={"w8": np.ones((4, 3, 1, 1), "int8"), "s3": np.full(3, 0.1, "float32")},
+    ),
+    "zero points for other channels than the scales": Graph(
+        "q = DequantizeLinear<axis = 0>(w8, s4, z3) c = Conv(x, q) y = BN(c)", Reason.WEIGHT_NOT_CONSTANT,
+        dtype="float32",
+        constants={
+            "w8": np.ones((4, 3, 1, 1), "int8"), "s4": np.full(4, 0.1, "float32"), "z3": np.zeros(3, "int8"),
+        },
+    ),
+    "a quantized weight behind": Graph(
+        "s = Sigmoid(x) n = BN(s) q = DequantizeLinear<axis = 0>(w8, s4) y = Conv(n, q)", Reason.QUANTIZATION,
+        x="2,4,6,6", dtype="float32",
+        constants={"w8": np.ones((4, 4, 1, 1), "int8"), "s4": np.full(4, 0.1, "float32")},
+    ),
     "a residual whose other branch cannot be scaled": Graph(
         "c = Conv(x, v) a = Sigmoid(x) s = Add(c, a) y = BN(s)", Reason.NO_LINEAR_PRODUCER, x="2,4,6,6"
     ),

@@ -321,7 +321,7 @@ def test_padded_operator_absorbs_the_scale_before_it(kind, data):
     assert_left(case.model, result)
 
 
-@pytest.mark.parametrize("operator", [s.conv, lambda net, x: s.conv_transpose(net, x, explicit=True)])
+@pytest.mark.parametrize("operator", [s.conv, s.conv_transpose])
 @examples(0.04)
 @given(data=st.data())
 def test_shift_before_a_padded_operator_becomes_a_border_map_if_asked_for(operator, data):
