@@ -67,7 +67,7 @@ def batch_norm(
     do not carry (other devices, types and layouts of tensors, functorch's transformations) is computed by torch.
     """
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             batch_norm, (input, running_mean, running_var, weight, bias, residual), input, running_mean, running_var,
             weight, bias, training, momentum, eps, activation=activation, negative_slope=negative_slope,
             residual=residual,
@@ -102,7 +102,7 @@ def normalize(
         )
         if result is not None:
             if keeps:
-                return attach(x, weight, bias, residual, (result, training, eps, act))
+                return attach(x, weight, bias, residual, (result, training, eps, act))  # type: ignore[no-any-return]
             return result[0]  # type: ignore[no-any-return]
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)}, the shape of input")
@@ -142,16 +142,17 @@ def _normalize_unusual(
         )
     if fits and type(x) in (Tensor, torch.nn.Parameter):
         source, w, b, summand = kernels.convert(x, weight, bias, residual)
-        wide = [None if s is None else kernels.full_precision(s) for s in statistics]
+        mean, var = (None if s is None else kernels.full_precision(s) for s in statistics)
         act = (kernels.activation_index(activation), negative_slope)
         keeps = _is_grad_enabled()
-        result = kernels.forward(source, w, b, *wide, None, summand, training, momentum, eps, act, keeps)
+        result = kernels.forward(source, w, b, mean, var, None, summand, training, momentum, eps, act, keeps)
         if result is not None:
             if training:
-                for statistic, updated in zip(statistics, wide, strict=True):
-                    if statistic is not None and updated is not statistic:
+                for statistic, updated in zip(statistics, (mean, var), strict=True):
+                    if statistic is not None and updated is not None and updated is not statistic:
                         statistic.copy_(updated)
-            return attach(source, w, b, summand, (result, training, eps, act)) if keeps else result[0]
+            done = (result, training, eps, act)
+            return attach(source, w, b, summand, done) if keeps else result[0]  # type: ignore[no-any-return]
     return kernels.composite(
         x, running_mean, running_var, weight, bias, training, momentum, eps, activation, negative_slope, residual
     )
@@ -178,7 +179,7 @@ class _BatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, residual, mask = ctx.saved_tensors
         wants_dx, wants_dweight, wants_dbias, wants_dresidual, _ = ctx.needs_input_grad
         saved, training, activation = ctx.saved, ctx.training, ctx.activation

@@ -69,8 +69,8 @@ def activation_index(activation: str | None) -> int:
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}") from None
 
 
-forward = _core.torch_forward
-backward = _core.torch_backward
+forward: Callable[..., Any] = _core.torch_forward  # Result, or None if it declines
+backward: Callable[..., Any] = _core.torch_backward  # dx, dweight, dbias and dresidual, or None if it declines
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

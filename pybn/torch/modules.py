@@ -66,7 +66,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         """Shapes as in `pybn.torch.batch_norm`; the residual has the input's."""
         if isinstance(input, Proxy):  # torch.fx knows torch's own layers as leaves by their module's name
             return _traced_as_leaf(self, input, residual)
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         try:  # attributes of modules take 0.3 us each, these dictionaries 0.03 us
             parameters, buffers = self._parameters, self._buffers
             weight, bias = parameters["weight"], parameters["bias"]
@@ -89,7 +89,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         """As torch's, and the activation if there is one."""
-        text: str = super().extra_repr()
+        text: str = super().extra_repr()  # type: ignore[no-untyped-call]
         if self.activation is not None:
             text += f", activation={self.activation!r}"
         if self.activation == "leaky_relu":
@@ -97,7 +97,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         return text
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"activation": None, "negative_slope": 0.01, **state})
+        super().__setstate__({"activation": None, "negative_slope": 0.01, **state})  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_torch(

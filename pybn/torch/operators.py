@@ -36,7 +36,7 @@ def normalize(
     if training and running_mean is not None and running_var is not None:
         running_mean.copy_(statistics[0])
         running_var.copy_(statistics[1])
-    return y
+    return y  # type: ignore[no-any-return]
 
 
 @torch.library.custom_op("pybn::batch_norm", mutates_args=())

@@ -175,6 +175,10 @@ STRIDED = {
 }
 
 
+def strides_that_matter(x):
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+
+
 @pytest.mark.parametrize("make", STRIDED.values(), ids=STRIDED)
 def test_strided_inputs_equal_contiguous_ones_and_results_have_torchs_strides(make):
     for shape in ((4, 6, 3, 5), (4, 6, 5), (4, 6), (4, 1, 3, 5), (4, 6, 1, 1)):
@@ -183,7 +187,7 @@ def test_strided_inputs_equal_contiguous_ones_and_results_have_torchs_strides(ma
         for training in (True, False):
             y = batch_norm(x, mean.clone(), var.clone(), weight, bias, training, activation="relu", residual=residual)
             expected = composite(x, mean.clone(), var.clone(), weight, bias, training)
-            assert y.stride() == expected.stride(), (shape, training)
+            assert strides_that_matter(y) == strides_that_matter(expected), (shape, training)
             torch.testing.assert_close(y, F.relu(expected + residual), rtol=1e-5, atol=1e-5)
             dy = torch.randn_like(y)
             (got,) = torch.autograd.grad(y, x, dy)
@@ -250,14 +254,15 @@ def test_torchs_own_samples_give_torchs_own_results():
             copies = [None if s is None else s.clone() for s in (mean, var)]
             y = batch_norm(x, mean, var, *parameters, **sample.kwargs)
             expected = F.batch_norm(x, *copies, *parameters, **sample.kwargs)
-            torch.testing.assert_close(y, expected)
+            # torch rounds bfloat16 on the way, too
+            tolerance = {"rtol": 1.6e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+            torch.testing.assert_close(y, expected, **tolerance)
             for got, wanted in zip((mean, var), copies, strict=True):
                 if got is not None:
-                    torch.testing.assert_close(got, wanted)
+                    torch.testing.assert_close(got, wanted, **tolerance)
             (got,) = torch.autograd.grad(y, x, torch.ones_like(y))
             (wanted,) = torch.autograd.grad(expected, x, torch.ones_like(y))
-            torch.testing.assert_close(got, wanted, rtol=1e-2 if dtype == torch.bfloat16 else None,
-                                       atol=1e-2 if dtype == torch.bfloat16 else None)  # fmt: skip
+            torch.testing.assert_close(got, wanted, **tolerance)
             count += 1
     assert count > 20
 

@@ -403,11 +403,11 @@ def test_distributed_data_parallel_trains_it_as_torchs_layer():
 @pytest.mark.parametrize("order", ["torch, pybn.torch", "pybn.torch, torch"])
 def test_one_pool_of_threads_serves_both_libraries_and_torchs_limit_holds_in_every_thread(order, tmp_path):
     code = f"""
-import os, threading
+import os, threading, time
 import {order}
 layer, x = pybn.torch.BatchNorm2d(64), torch.randn(8, 64, 64, 64)
 
-counts = []
+counts, alone = [], len(os.listdir("/proc/self/task"))
 
 def count(call):
     before = len(os.listdir("/proc/self/task"))
@@ -419,6 +419,8 @@ count(lambda: layer(x))
 thread = threading.Thread(target=count, args=[lambda: layer(x)])
 thread.start()
 thread.join()
+while len(os.listdir("/proc/self/task")) > alone:  # until the system has ended it, too
+    time.sleep(0.01)
 torch.set_num_threads(3)
 count(lambda: x.clone().mul_(2))
 count(lambda: layer(x))
