@@ -30,8 +30,14 @@ from pybn.functional import (
     batch_norm_forward,
     batch_norm_stats,
 )
+from pybn.ghost import GhostBatchNorm
+from pybn.insertion import insert
 from pybn.interchange import load_state_dict, save_state_dict
 from pybn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from pybn.population import Population, reestimate
+from pybn.renorm import BatchRenorm, Ramp
+from pybn.sequence import SequenceBatchNorm
+from pybn.virtual import VirtualBatchNorm
 
 if TYPE_CHECKING:
     from pybn.folding.onnx import FoldResult, fold_onnx
@@ -42,10 +48,16 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm",
     "FoldError",
     "FoldResult",
+    "GhostBatchNorm",
     "Gradients",
+    "Population",
+    "Ramp",
     "Saved",
+    "SequenceBatchNorm",
+    "VirtualBatchNorm",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_backward_elemt",
@@ -59,7 +71,9 @@ __all__ = [
     "fold_onnx",
     "fold_state_dict",
     "get_num_threads",
+    "insert",
     "load_state_dict",
+    "reestimate",
     "save_state_dict",
     "set_num_threads",
     "show_config",

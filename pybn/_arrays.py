@@ -221,6 +221,15 @@ def overlaps_in_part(a: Array, b: Array) -> bool:
         return True
 
 
+def at_least_one(name: str, value: int) -> int:
+    """A whole number >= 1."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, expected an integer >= 1")
+    if value < 1:
+        raise ValueError(f"{name} is {value}, expected at least 1")
+    return int(value)
+
+
 def positive(name: str, value: float) -> float:
     """A finite number > 0."""
     if type(value) is float and 0 < value < math.inf:  # the usual case
@@ -279,12 +288,12 @@ def activation(name: str | None, negative_slope: float) -> tuple[int, float]:
     return index, _finite("negative_slope", negative_slope)
 
 
-def require_several_values(x: Array, axis: int) -> None:
+def require_several_values(x: Array, axis: int, name: str = "x") -> None:
     """Training needs a variance: more than one value per channel."""
     channels = x.shape[axis]
     if channels and x.size == channels:
         raise ValueError(
-            f"x has shape {shape_text(x.shape)}, one value per channel; expected more than one when training"
+            f"{name} has shape {shape_text(x.shape)}, one value per channel; expected more than one when training"
         )
 
 

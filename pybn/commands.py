@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import pybn
-from pybn import fold_commands
+from pybn import fold_commands, population_commands
 from pybn.failure import WRONG_USAGE, fail
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 OPTIONAL_PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "torch", "typer", "rich", "matplotlib", "ml-dtypes")
 
 app = typer.Typer(
-    help="Fold the batch norms of trained ONNX models into their weights, measure pybn's speed against its peers, and "
-    "show what this installation of pybn is.",
+    help="Fold the batch norms of trained ONNX models into their weights, put batch norms in, give them the "
+    "statistics of your data, measure pybn's speed against its peers, and show what this installation of pybn is.",
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     # Errors are one line; a traceback would be a bug of pybn, shown as Python shows it.
@@ -48,6 +48,8 @@ def _root(
 app.command()(fold_commands.fold)
 app.command()(fold_commands.inspect)
 app.command()(fold_commands.unfold)
+app.command()(population_commands.reestimate)
+app.command()(population_commands.insert)
 
 
 @app.command()

@@ -51,6 +51,8 @@ class Saved:
     _has_residual: bool = field(repr=False)
     _residual: Array | None = field(repr=False)  # None also where a mask, or nothing of it, is needed
     _mask: Array | None = field(repr=False)
+    # Values per channel that the statistics are of, where they are more than those of x: see apply().
+    _count: float | None = field(default=None, repr=False)
 
     @property
     def mean(self) -> Array:
@@ -258,6 +260,7 @@ def _is_overwritten(source: Array, out: Array | None) -> bool:
 
 
 def require_finite(x: Array, axis: int) -> None:
+    """What `check_finite` asks for: an error that names the channels with NaN or Inf."""
     if x.size == 0:
         return
     mean, var, _ = batch_norm_stats(x, channel_axis=axis)
@@ -315,7 +318,8 @@ def batch_norm_backward(
     x, residual, axis = saved._x, saved._residual, saved.channel_axis
     if x is None:
         raise ValueError("x was overwritten by a pass with out=x, expected passes with another out, or none")
-    if saved._has_residual and residual is None and saved.activation in _READ_RESIDUAL_AGAIN:
+    needs_residual = saved._has_residual and saved._mask is None and saved.activation is not None
+    if needs_residual and residual is None and x.size:
         raise ValueError(
             f'residual was overwritten by a pass with out=residual, and "{saved.activation}" needs it again, '
             "expected passes with another out, or none"
@@ -354,7 +358,11 @@ def batch_norm_backward(
         if residual is not None and _is_overwritten(residual, out):
             saved._residual = None
         dz = _core.empty_like(target) if wants_dz else None
-        if saved.training or wants_dweight or wants_dbias:
+        if saved._count is not None:
+            sums = _core.backward_reduce(dy, x, axis, normalization, act, residual, saved._mask)
+            of_all = (sums[0], sums[1], saved._count)
+            _core.backward_elemt(dy, x, target, dz, axis, normalization, act, residual, saved._mask, of_all)
+        elif saved.training or wants_dweight or wants_dbias:
             sums = _core.backward(dy, x, target, dz, axis, normalization, act, residual, saved._mask, saved.training)
         else:
             _core.backward_elemt(dy, x, target, dz, axis, normalization, act, residual, saved._mask, None)
@@ -436,6 +444,32 @@ def batch_norm_elemt(
     float64 statistics of `batch_norm_stats` as they are: a large mean rounded to float32 would cost the precision that
     they have kept.
     """
+    return apply(
+        x, mean, var, weight, bias, eps, activation, negative_slope, residual, channel_axis, out, training=False
+    )[0]
+
+
+def apply(
+    x: Any,
+    mean: Any,
+    var: Any,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+    residual: Any,
+    channel_axis: int,
+    out: Any,
+    *,
+    training: bool,
+    count: float | None = None,
+) -> tuple[Array, Saved]:
+    """`batch_norm_elemt`, and what `batch_norm_backward` needs.
+
+    In training the backward pass takes ``mean`` and ``var`` for the statistics of x, or, with a `count`, of that many
+    values per channel, those of x among them; otherwise for constants.
+    """
     x, axis = _arrays.data("x", x, channel_axis)
     mean, var, weight, bias = _statistics(mean, var, weight, bias, x.shape[axis], axis)
     residual = None if residual is None else _arrays.like("residual", residual, x)
@@ -448,7 +482,14 @@ def batch_norm_elemt(
     source, summand = result.inputs
     normalization = _core.normalization(source, mean, var, weight, bias, eps)
     _core.elemt(source, result.target, axis, normalization, act, summand)
-    return result.finish()
+    needs_residual = residual is not None and activation is not None  # there is no mask
+    saved = Saved(
+        training, activation, act[1], axis, normalization,
+        None if _is_overwritten(source, out) else source,
+        None if weight is None else weight.dtype, None if bias is None else bias.dtype,
+        residual is not None, summand if needs_residual and not _is_overwritten(summand, out) else None, None, count,
+    )  # fmt: skip
+    return result.finish(), saved
 
 
 def batch_norm_backward_reduce(

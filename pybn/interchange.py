@@ -236,7 +236,7 @@ def to_torch(layer: _BatchNorm) -> torch.nn.modules.batchnorm._BatchNorm:
         kind = getattr(pybn.torch, kind.__name__)
         options = {"activation": layer.activation, "negative_slope": layer.negative_slope}
     state = {name: torch.from_numpy(value) for name, value in layer.state_dict().items()}
-    module: torch.nn.modules.batchnorm._BatchNorm = kind(
+    module: Any = kind(
         layer.num_features, layer.eps, layer.momentum, affine=layer.affine,
         track_running_stats=layer.track_running_stats, **options,
     )  # fmt: skip
@@ -246,7 +246,7 @@ def to_torch(layer: _BatchNorm) -> torch.nn.modules.batchnorm._BatchNorm:
     is_double = any(value.dtype == torch.float64 for value in state.values())
     module.to(torch.float64 if is_double else torch.float32)
     module.load_state_dict(state)
-    return module.train(layer.training)
+    return module.train(layer.training)  # type: ignore[no-any-return]
 
 
 def _dimensions() -> tuple[type[Any], ...]:

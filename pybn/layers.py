@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,9 @@ import numpy.typing as npt
 
 from pybn import _arrays
 from pybn._arrays import Array
-from pybn.functional import Gradients, Saved, batch_norm_backward, forward
+from pybn.functional import Gradients, batch_norm_backward, forward
+
+NO_CALL_BEFORE = "backward needs a forward call before it, and each forward call serves one backward pass"
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +57,8 @@ class _BatchNorm:
     weight_grad, bias_grad : (C,) arrays or None
         Gradients, accumulated by `backward` until `zero_grad`.
     training : bool
+    frozen : bool
+        Whether evaluation statistics are used in training, too; see `freeze`.
 
     Notes
     -----
@@ -62,7 +66,8 @@ class _BatchNorm:
     to the last call.
     """
 
-    _input_ranks: tuple[int, ...] = ()
+    _input_ranks: tuple[int, ...] = (2, 3, 4, 5)
+    _initial_weight = 1.0
 
     def __init__(
         self,
@@ -78,15 +83,12 @@ class _BatchNorm:
         dtype: npt.DTypeLike = np.float32,
         check_finite: bool = False,
     ) -> None:
-        if not isinstance(num_features, (int, np.integer)) or isinstance(num_features, bool):
-            raise TypeError(f"num_features is {num_features!r}, expected an integer >= 1")
-        if num_features < 1:
-            raise ValueError(f"num_features is {num_features}, expected at least 1")
+        num_features = _arrays.at_least_one("num_features", num_features)
         if not isinstance(channel_axis, int) or channel_axis not in (1, -1):
             raise ValueError(f"channel_axis is {channel_axis!r}, expected 1 (NCHW) or -1 (NHWC)")
         dtype = _dtype(dtype)
         _, slope = _arrays.activation(activation, negative_slope)
-        self.num_features = int(num_features)
+        self.num_features = num_features
         self.eps = _arrays.positive("eps", eps)
         self.momentum = None if momentum is None else _arrays.factor(momentum)
         self.affine = bool(affine)
@@ -96,15 +98,17 @@ class _BatchNorm:
         self.channel_axis = channel_axis
         self.check_finite = bool(check_finite)
         self.training = True
+        self.frozen = False
 
-        self.weight: Array | None = np.ones(num_features, dtype) if affine else None
+        self.weight: Array | None = np.full(num_features, self._initial_weight, dtype) if affine else None
         self.bias: Array | None = np.zeros(num_features, dtype) if affine else None
         self.running_mean: Array | None = np.zeros(num_features, dtype) if track_running_stats else None
         self.running_var: Array | None = np.ones(num_features, dtype) if track_running_stats else None
         self.num_batches_tracked: Array | None = np.zeros((), np.int64) if track_running_stats else None
         self.weight_grad: Array | None = None
         self.bias_grad: Array | None = None
-        self._saved: Saved | None = None
+        self._saved: Any = None  # what `_gradients` needs of the last call
+        self._observer: Callable[[Array], None] | None = None  # told of inputs while statistics are re-estimated
         self._lock = threading.RLock()  # reentrant: a signal handler may call the layer that it interrupts
         _layers.add(self)
 
@@ -112,12 +116,22 @@ class _BatchNorm:
         """Normalize `x`, add `residual`, apply the activation; see `pybn.batch_norm` for shapes, types and errors."""
         x = _arrays.as_data_array("x", x)
         self._check_shape(x.shape)
-        if not self.training:
-            return self._forward(x, residual, out, momentum=0.0, counter=None)
+        if self._observer is not None:
+            self._observer(x)
+        if not self.training or self.frozen:
+            return self._evaluate(x, residual, out)
         with self._lock:
-            return self._forward(x, residual, out, self._weight_of_new_batch(), self.num_batches_tracked)
+            return self._train(x, residual, out)
 
     forward = __call__
+
+    def _train(self, x: Array, residual: npt.ArrayLike | None, out: Array | None) -> Array:
+        """Normalize with the statistics of the batch, towards which the running statistics move."""
+        return self._forward(x, residual, out, self._weight_of_new_batch(), self.num_batches_tracked, training=True)
+
+    def _evaluate(self, x: Array, residual: npt.ArrayLike | None, out: Array | None) -> Array:
+        """Normalize with the running statistics, if there are any."""
+        return self._forward(x, residual, out, momentum=0.0, counter=None, training=not self.track_running_stats)
 
     def _weight_of_new_batch(self) -> float:
         """In the running statistics."""
@@ -126,9 +140,15 @@ class _BatchNorm:
         return 0.0 if self.num_batches_tracked is None else 1 / (int(self.num_batches_tracked) + 1)
 
     def _forward(
-        self, x: Array, residual: npt.ArrayLike | None, out: Array | None, momentum: float, counter: Array | None
+        self,
+        x: Array,
+        residual: npt.ArrayLike | None,
+        out: Array | None,
+        momentum: float,
+        counter: Array | None,
+        *,
+        training: bool,
     ) -> Array:
-        training = self.training or not self.track_running_stats
         y, self._saved = forward(
             x, self.weight, self.bias, self.running_mean, self.running_var, training, momentum, self.eps,
             self.activation, self.negative_slope, residual, self.channel_axis, out, self.check_finite, keeps=True,
@@ -149,21 +169,23 @@ class _BatchNorm:
         RuntimeError
             If there was no call since the last backward pass.
         """
-        saved = self._saved
-        if saved is None:
-            raise RuntimeError(
-                "backward needs a forward call before it, and each forward call serves one backward pass"
-            )
-        gradients = batch_norm_backward(dy, saved, out=out)
+        if self._saved is None:
+            raise RuntimeError(NO_CALL_BEFORE)
+        gradients = self._gradients(dy, self._saved, out)
         self._saved = None  # frees x
         return self._accumulate(gradients)
 
+    def _gradients(self, dy: npt.ArrayLike, saved: Any, out: Array | None) -> Gradients:
+        return batch_norm_backward(dy, saved, out=out)
+
     def _accumulate(self, gradients: Gradients) -> Array | tuple[Array, Array]:
-        """Add up those of the parameters; returns the others."""
+        """Add the gradients of the parameters to those that there are; return the others."""
         dx, dweight, dbias, dresidual = gradients
-        if dweight is not None:
+        if dweight is not None and self.weight is not None:
+            dweight = dweight.astype(self.weight.dtype, copy=False)
             self.weight_grad = dweight if self.weight_grad is None else self.weight_grad + dweight
-        if dbias is not None:
+        if dbias is not None and self.bias is not None:
+            dbias = dbias.astype(self.bias.dtype, copy=False)
             self.bias_grad = dbias if self.bias_grad is None else self.bias_grad + dbias
         assert dx is not None
         return dx if dresidual is None else (dx, dresidual)
@@ -181,6 +203,26 @@ class _BatchNorm:
         """Switch to evaluation. Returns the layer."""
         return self.train(False)
 
+    def freeze(self, mode: bool = True) -> _BatchNorm:
+        """Use the running statistics in training, too, and leave them as they are; with False, no longer.
+
+        For fine-tuning on few or small batches. The gradients of weight and bias are still computed; to freeze those,
+        too, leave them out of the optimizer. `train` and `eval` do not change it. Returns the layer.
+
+        Raises
+        ------
+        ValueError
+            If the layer has no running statistics.
+        """
+        if mode and not self.track_running_stats:
+            raise ValueError("track_running_stats is False, expected True: without running statistics none can freeze")
+        self.frozen = bool(mode)
+        return self
+
+    def unfreeze(self) -> _BatchNorm:
+        """The same as ``freeze(False)``. Returns the layer."""
+        return self.freeze(False)
+
     def reset_running_stats(self) -> None:
         """Set the running statistics to mean 0, variance 1, no batches."""
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
@@ -189,10 +231,11 @@ class _BatchNorm:
             self.num_batches_tracked[...] = 0
 
     def reset_parameters(self) -> None:
-        """Set weight to 1, bias to 0, and reset the running statistics."""
+        """Set weight and bias to what they are in a new layer, and reset the running statistics."""
         self.reset_running_stats()
-        if self.weight is not None and self.bias is not None:
-            self.weight[...] = 1
+        if self.weight is not None:
+            self.weight[...] = self._initial_weight
+        if self.bias is not None:
             self.bias[...] = 0
 
     def state_dict(self) -> dict[str, Array]:
@@ -279,17 +322,24 @@ class _BatchNorm:
             )
 
     def __repr__(self) -> str:
-        text = (
-            f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, track_running_stats={self.track_running_stats}"
-        )
+        arguments = self._arguments()
         if self.activation is not None:
-            text += f", activation={self.activation!r}"
+            arguments.append(f"activation={self.activation!r}")
         if self.activation == "leaky_relu":
-            text += f", negative_slope={self.negative_slope}"
+            arguments.append(f"negative_slope={self.negative_slope}")
         if self.channel_axis != 1:
-            text += f", channel_axis={self.channel_axis}"
-        return text + ")"
+            arguments.append(f"channel_axis={self.channel_axis}")
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
+    def _arguments(self) -> list[str]:
+        """What `__repr__` shows before the activation."""
+        return [
+            f"{self.num_features}",
+            f"eps={self.eps}",
+            f"momentum={self.momentum}",
+            f"affine={self.affine}",
+            f"track_running_stats={self.track_running_stats}",
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: all but the lock and what is saved for a backward pass."""
@@ -319,7 +369,7 @@ def _state_value(name: str, value: Any, own: Array) -> Array:
         )
     if not np.can_cast(array.dtype, own.dtype, "same_kind"):
         raise TypeError(f"{name} has dtype {array.dtype}, expected {own.dtype}")
-    if name in ("running_var", "num_batches_tracked") and (array < 0).any():
+    if name.endswith(("_var", "_tracked", "_count")) and (array < 0).any():
         raise ValueError(f"{name} has the negative value {array.min()}, expected values >= 0")
     with np.errstate(over="ignore"):
         converted = array.astype(own.dtype)

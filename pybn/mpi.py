@@ -86,7 +86,7 @@ class _SyncBatchNorm(layers._BatchNorm):
     def __call__(self, x: npt.ArrayLike, *, residual: npt.ArrayLike | None = None, out: Array | None = None) -> Array:
         """Normalize `x`, add `residual`, apply the activation; in training with all ranks of `comm` together."""
         self._synchronized = None
-        if not self.training or self.comm.size == 1:
+        if not self.training or self.frozen or self.comm.size == 1:
             return super().__call__(x, residual=residual, out=out)
         with self._lock, self._exchange(Direction.forward) as exchange:
             x = _arrays.as_data_array("x", x)

@@ -63,7 +63,7 @@ def _accepted_sizes(model: onnx.ModelProto, folder: Path | None) -> dict[str, li
     """Find up to `VARIETY` sizes for each kind of dynamic dimension with which the model runs."""
     kinds = {
         _kind(axis)
-        for info in _required_inputs(model)
+        for info in required_inputs(model)
         for axis, dim in enumerate(_dims(info))
         if dim is None or isinstance(dim, str)
     }
@@ -117,12 +117,12 @@ def load_inputs(model: onnx.ModelProto, path: str | Path) -> tuple[list[Feeds], 
     except Exception as error:  # zipfile, zlib, pickle and NumPy each raise their own
         raise CheckError(f"{file}: not a readable .npz file ({first_line(error)})") from error
     labels = arrays.get("labels")
-    infos = _required_inputs(model)
+    infos = required_inputs(model)
     names = [info.name for info in infos]
     for info in infos:
         if info.name not in arrays:
             raise CheckError(f"{file}: no array {info.name!r}, expected one for each input: {', '.join(names)}")
-        _require_fit(info, arrays[info.name], file)
+        require_fit(info, arrays[info.name], file)
     samples = {arrays[name].shape[0] for name in names}
     if len(samples) != 1 or 0 in samples:
         raise CheckError(f"{file}: the inputs have {sorted(samples)} samples, expected one number")
@@ -131,13 +131,26 @@ def load_inputs(model: onnx.ModelProto, path: str | Path) -> tuple[list[Feeds], 
         raise CheckError(
             f"{file}: labels is {labels.dtype} of shape {labels.shape}, expected integers of shape ({total},)"
         )
-    fixed = [_dims(info)[0] for info in infos]
-    sizes = {size for size in fixed if isinstance(size, int)}
-    if len(sizes) > 1 or (sizes and total % next(iter(sizes))):
-        raise CheckError(f"{file}: {total} samples, expected a multiple of the model's batch size {sorted(sizes)}")
-    chunk = sizes.pop() if sizes else CHUNK
+    batch = required_batch(model)
+    if batch is not None and total % batch:
+        raise CheckError(f"{file}: {total} samples, expected a multiple of the model's batch size {batch}")
+    chunk = batch or CHUNK
     chunks = [{name: arrays[name][start : start + chunk] for name in names} for start in range(0, total, chunk)]
     return chunks, labels
+
+
+def required_batch(model: onnx.ModelProto) -> int | None:
+    """Return the number of samples that the model demands, None if any will do.
+
+    Raises
+    ------
+    CheckError
+        If its inputs demand several.
+    """
+    sizes = {size for info in required_inputs(model) for size in _dims(info)[:1] if isinstance(size, int)}
+    if len(sizes) > 1:
+        raise CheckError(f"the model's inputs have batch sizes {sorted(sizes)}, expected one")
+    return sizes.pop() if sizes else None
 
 
 def random_entries(segment: Segment, seen: Mapping[str, Array], rng: np.random.Generator) -> dict[str, Array]:
@@ -207,7 +220,7 @@ def _entering_shape(node: ir.Node, weight: Array, facts: Facts) -> list[int]:
     return [2, channels, *spatial]
 
 
-def _required_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+def required_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     defaults = {tensor.name for tensor in model.graph.initializer}
     return [info for info in model.graph.input if info.name not in defaults]
 
@@ -231,7 +244,7 @@ def _dims(info: onnx.ValueInfoProto) -> list[int | str | None]:
 
 def _input_shapes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> Iterator[tuple[onnx.ValueInfoProto, list[int]]]:
     named: dict[str, int] = {}
-    for info in _required_inputs(model):
+    for info in required_inputs(model):
         shape: list[int] = []
         for axis, dim in enumerate(_dims(info)):
             size = dim if isinstance(dim, int) else sizes[_kind(axis)]
@@ -256,7 +269,7 @@ def _random_array(rng: np.random.Generator, dtype: np.dtype[Any], shape: Sequenc
     raise CheckError(f"inputs of type {dtype} cannot be drawn at random; use --check-data")
 
 
-def _require_fit(info: onnx.ValueInfoProto, array: Array, file: Path) -> None:
+def require_fit(info: onnx.ValueInfoProto, array: Array, file: Path) -> None:
     dtype, dims = _input_dtype(info), _dims(info)
     shape = "(" + ", ".join(str(dim if dim is not None else "?") for dim in dims) + ")"
     if array.dtype != dtype:
