@@ -46,6 +46,16 @@ class Reason(str, Enum):
     OUTSIDE_DTYPE = "outside-dtype"
     QUANTIZATION = "quantization"
     NARROWER_TYPE = "narrower-type"
+    # Modules of a framework
+    BATCH_STATISTICS = "batch-statistics"
+    NO_VALUES = "no-values"
+    HOOKS = "hooks"
+    PARAMETRIZED = "parametrized"
+    OVERRIDDEN = "overridden"
+    NOT_CALLED = "not-called"
+    UNTRACED = "untraced"
+    SHARED_MODULE = "shared-module"
+    WEIGHT_READ = "weight-read"
     # What the caller asked for
     SKIPPED = "skipped"
     NO_GAIN = "no-gain"
@@ -85,6 +95,16 @@ UNLOCK: dict[Reason, str] = {
     Reason.OUTSIDE_DTYPE: "store the weights in a type with a larger range",
     Reason.QUANTIZATION: "quantize the folded model instead",
     Reason.NARROWER_TYPE: "compute in the wider type from the start",
+    Reason.BATCH_STATISTICS: "train the norm with track_running_stats=True",
+    Reason.NO_VALUES: "run the model once, so that lazy layers are built, on a device that holds values",
+    Reason.HOOKS: "remove the hooks, and add them after folding if they are still needed",
+    Reason.PARAMETRIZED: "make it permanent: torch.nn.utils.parametrize.remove_parametrizations, "
+    "remove_weight_norm, remove_spectral_norm or prune.remove",
+    Reason.OVERRIDDEN: "use the class of torch.nn, or fold before its behaviour is changed",
+    Reason.NOT_CALLED: "the forward of the model does not call it",
+    Reason.UNTRACED: "pass example_inputs, so that a run shows what flows",
+    Reason.SHARED_MODULE: "give each use a module of its own (copy.deepcopy)",
+    Reason.WEIGHT_READ: "give the other use a parameter of its own",
     Reason.SKIPPED: "leave it out of --skip, or name it in --only",
     Reason.NO_GAIN: "use --aggressive, which also makes rewrites that save no work",
 }

@@ -1,0 +1,212 @@
+"""Batch norm that overwrites its input, and keeps nothing but its output for the backward pass.
+
+Rota Bulo, Porzi, Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs", 2018: an ordinary
+norm keeps its input, and the layer after it keeps its output. If the activation can be inverted, the output alone is
+enough: z = activation^-1(y), and the normalized input is (z - bias) / weight.
+
+The paper divides by |weight| + eps, and so changes the function that a weight near 0, or below it, stands for. Here the
+function is that of every other batch norm, and a call in which some weight is too small to divide by keeps its input
+instead: nothing but memory is lost.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pybn import _core
+from pybn.torch import kernels
+from pybn.torch.functional import normalize
+
+# Dividing z - bias by the weight multiplies z's rounding by |bias / weight|: a factor of 2^10 leaves float32 gradients
+# four digits.
+_LARGEST_RATIO = 2.0**10
+_SMALLEST_WEIGHT = 1e-30
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+class InPlaceABN(_BatchNorm):
+    """Activated batch norm that overwrites its input.
+
+    A training step keeps one tensor for it where a norm and an activation keep two (or, if the activation is in place,
+    one and its input). Values, gradients and parameters are those of a batch norm with an activation behind it.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, device, dtype
+        As in `torch.nn.BatchNorm2d`.
+    activation : "leaky_relu" or None
+        It must have an inverse.
+    negative_slope : float > 0
+        Of "leaky_relu".
+
+    Notes
+    -----
+    The input, of shape (N, C, ...), is gone after the call: it must not be needed by anybody else, nor by the backward
+    pass of the layer that made it (convolutions, linear layers, concatenations and sums do not keep their results;
+    torch raises an error where somebody does). Where it cannot be overwritten (it is a leaf of the graph, a view, of a
+    half type, on another device, or some weight is too small to divide by), it is left alone, and the call takes the
+    memory of an ordinary norm. A backward pass cannot be differentiated again.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = "leaky_relu",
+        negative_slope: float = 0.01,
+    ) -> None:
+        if activation not in (None, "leaky_relu"):
+            raise ValueError(f"activation is {activation!r}, expected 'leaky_relu' or None, which have an inverse")
+        if not (negative_slope > 0 and math.isfinite(negative_slope)):
+            raise ValueError(f"negative_slope is {negative_slope!r}, expected a number > 0")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.activation = activation
+        self.negative_slope = float(negative_slope)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """activation(norm(input)), in the memory of `input`."""
+        self._check_input_dim(input)
+        statistics = Statistics.of(self)
+        options = (self.eps, self.activation, self.negative_slope)
+        if is_overwritable(input, self.weight, self.bias):
+            return overwrite(input, statistics, self.weight, self.bias, *options)
+        return normalize(input, *statistics[:3], self.weight, self.bias, *statistics[3:], *options, None)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"input has {input.dim()} dimensions, expected at least 2: (N, C, ...)")
+
+    def extra_repr(self) -> str:
+        """As torch's layers, and the activation."""
+        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
+        return f"{super().extra_repr()}, activation={self.activation!r}{slope}"
+
+
+class Statistics(NamedTuple):
+    """What a call of a batch norm layer does with its statistics."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    counter: Tensor | None
+    training: bool
+    momentum: float
+
+    @classmethod
+    def of(cls, layer: _BatchNorm) -> Statistics:
+        """As torch's layers do."""
+        mean, var, counter = layer.running_mean, layer.running_var, layer.num_batches_tracked
+        momentum = layer.momentum
+        if not layer.training:
+            return cls(mean, var, None, mean is None and var is None, momentum or 0.0)
+        if not layer.track_running_stats:
+            return cls(None, None, None, True, momentum or 0.0)
+        if momentum is None:
+            momentum = 0.0 if counter is None else 1 / (float(counter) + 1)  # the average of all batches
+        return cls(mean, var, counter, True, momentum)
+
+
+def is_overwritable(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether `overwrite` can take the memory of x, and get back from the result what the backward pass needs."""
+    if not kernels.is_eager() or x.dtype not in _DTYPES or type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=kernels.memory_format(x))) or x.numel() == 0:
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    if x._is_view() or (x.is_leaf and x.requires_grad):
+        return False
+    if weight is None:
+        return True
+    with torch.no_grad():
+        magnitude = weight.abs()
+        least = magnitude.clamp(min=_SMALLEST_WEIGHT) if bias is None else torch.maximum(
+            magnitude.new_tensor(_SMALLEST_WEIGHT), bias.abs() / _LARGEST_RATIO
+        )
+        return bool((magnitude >= least).all())
+
+
+def overwrite(
+    x: Tensor,
+    statistics: Statistics,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+) -> Tensor:
+    """activation(norm(x)), in the memory of x, which must be overwritable."""
+    y: Tensor = _Overwriting.apply(x, weight, bias, statistics, eps, activation, negative_slope)
+    return y
+
+
+class _Overwriting(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        statistics: Statistics,
+        eps: float,
+        activation: str | None,
+        negative_slope: float,
+    ) -> Tensor:
+        mean, var, counter, training, momentum = statistics
+        if training and x.numel() == x.size(1):
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
+            )
+        act = (kernels.activation_index(activation), negative_slope)
+        values = x.detach().numpy()
+        normalization, _ = _core.forward(
+            values, values, 1, _array(weight), _array(bias), _array(mean), _array(var), _array(counter), training,
+            momentum, eps, act, None, False,
+        )  # fmt: skip
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x, weight, bias)
+        ctx.invstd, ctx.training = normalization[0][1], training
+        ctx.slope = None if activation is None else negative_slope
+        return x
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of a norm of z = activation^-1(y), whose mean is bias and whose standard deviation |weight|."""
+        y, weight, bias = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=kernels.memory_format(y))
+        if ctx.slope is None:
+            z, dz, dx = y, dy, torch.empty_like(y)
+        else:
+            z = dx = F.leaky_relu(y, 1 / ctx.slope)
+            dz = torch.ops.aten.leaky_relu_backward(dy, y, ctx.slope, True)
+        channels = y.size(1)
+        w = np.ones(channels) if weight is None else weight.detach().double().numpy()
+        b = np.zeros(channels) if bias is None else bias.detach().double().numpy()
+        statistics = np.stack([b, 1 / w])
+        # centre, scale and shift of the map; with no activation left the shift is not used
+        affine = np.stack([b, w * ctx.invstd, np.zeros(channels)]).astype(_array(z).dtype)
+        sums = _core.backward(
+            _array(dz), _array(z), _array(dx), None, 1, (statistics, affine), (0, 0.0), None, None, ctx.training
+        )
+        dweight = None if weight is None else torch.from_numpy(sums[1] / w).to(weight.dtype)
+        dbias = None if bias is None else torch.from_numpy(sums[0]).to(bias.dtype)
+        return dx, dweight, dbias, None, None, None, None
+
+
+def _array(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.detach().numpy()
