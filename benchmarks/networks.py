@@ -7,7 +7,8 @@
 
 What is compared runs in turns in one process, and a figure is the median of the rounds' ratios, so that what a busy
 machine does to one it does to the other. A training step is forward, cross entropy and backward, with random
-images, random labels and random initial parameters; `--sgd` adds the optimiser's step, which pybn has no part in. Memory is measured in a fresh process for each model.
+images, labels and initial parameters; `--sgd` adds the optimiser's step, which pybn has no part in. Memory is measured
+in a fresh process for each model.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ def training_variants(network: Network, setting: str, *, sgd: bool = False) -> d
     x, model = images(network, setting), built(network, setting)
     fused = accelerate(copy.deepcopy(model), inplace=True).model
     return {
-        name: training_step(variant, x, setting, sgd=sgd) for name, variant in (("stock", model), ("accelerated", fused))
+        name: training_step(variant, x, setting, sgd=sgd)
+        for name, variant in (("stock", model), ("accelerated", fused))
     }
 
 

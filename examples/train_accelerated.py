@@ -91,8 +91,8 @@ class Run:
 
     @classmethod
     def of(cls, model: nn.Module, steps: int) -> Run:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
-        return cls(model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=steps))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        return cls(model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=steps))
 
     def step(self, images: Tensor, labels: Tensor, seed: int) -> None:
         torch.manual_seed(seed)  # of the dropout
@@ -171,7 +171,10 @@ def plot(runs: dict[str, Run], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    styles = {"stock torch": {"color": "tab:orange", "linewidth": 3}, "accelerated": {"color": "tab:blue", "linewidth": 1}}
+    styles = {
+        "stock torch": {"color": "tab:orange", "linewidth": 3},
+        "accelerated": {"color": "tab:blue", "linewidth": 1},
+    }
     for name, run in runs.items():
         curve = smoothed(run.losses)
         seconds = np.cumsum(run.step_seconds)[len(run.losses) - len(curve) :]

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.fx import Graph
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from pybn.torch.epilogues import fuse
 from pybn.torch import kernels, modules
+from pybn.torch.epilogues import fuse
 from pybn.torch.forwards import FusedForward, Untraceable, trace
 from pybn.torch.functional import normalize
 from pybn.torch.inplace import Statistics, is_overwritable
@@ -162,8 +162,8 @@ class AcceleratedLayer(_BatchNorm):
     """What a torch.nn.BatchNorm becomes: pybn's, whose every call may say what is to be computed with it."""
 
     stock_class: ClassVar[type[_BatchNorm]]
-    activation = None
-    negative_slope = 0.01
+    activation: str | None = None
+    negative_slope: float = 0.01
 
     def forward(
         self,
@@ -175,24 +175,27 @@ class AcceleratedLayer(_BatchNorm):
         overwrite: bool = False,
     ) -> Tensor:
         """activation(norm(input) + residual), where the residual is whatever can be added; see `overwrite`."""
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         statistics, weight, bias = Statistics.of(self), self.weight, self.bias
-        options = (self.eps, activation, negative_slope)
         if overwrite and is_overwritable(input, weight, bias):
-            return overwrite_(input, statistics, weight, bias, *options)
+            return overwrite_(input, statistics, weight, bias, self.eps, activation, negative_slope)
+        mean, var, counter, training, momentum = statistics
         if residual is None or (isinstance(residual, Tensor) and residual.shape == input.shape):
-            return normalize(input, *statistics[:3], weight, bias, *statistics[3:], *options, residual)
-        if statistics.counter is not None:
-            statistics.counter.add_(1)
+            return normalize(
+                input, mean, var, counter, weight, bias, training, momentum, self.eps, activation, negative_slope,
+                residual,
+            )  # fmt: skip
+        if counter is not None:
+            counter.add_(1)
         return kernels.composite(
-            input, statistics.running_mean, statistics.running_var, weight, bias, *statistics[3:], *options, residual
+            input, mean, var, weight, bias, training, momentum, self.eps, activation, negative_slope, residual
         )
 
     def restore(self) -> None:
         """Be the stock layer again."""
         for name in ("activation", "negative_slope"):
             vars(self).pop(name, None)  # which copying adds
-        self.__class__ = self.stock_class
+        self.__class__ = self.stock_class  # type: ignore[assignment]
 
 
 class BatchNorm1d(AcceleratedLayer, modules.BatchNorm1d):
@@ -207,7 +210,9 @@ class BatchNorm3d(AcceleratedLayer, modules.BatchNorm3d):
     stock_class = nn.BatchNorm3d
 
 
-LAYERS = {layer.stock_class: layer for layer in (BatchNorm1d, BatchNorm2d, BatchNorm3d)}
+LAYERS: dict[type[_BatchNorm], type[AcceleratedLayer]] = {
+    layer.stock_class: layer for layer in (BatchNorm1d, BatchNorm2d, BatchNorm3d)
+}
 
 
 def is_accelerated(module: nn.Module) -> bool:

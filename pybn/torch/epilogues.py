@@ -191,7 +191,7 @@ class _Reader:
             return False
         if node.op == "call_module":
             module = self.module(node)
-            return type(module) in _FRESH_MODULES and not has_hooks(module)
+            return module is not None and type(module) in _FRESH_MODULES and not has_hooks(module)
         return node.op == "call_function" and node.target in _FRESH_FUNCTIONS
 
     # ---- what follows a norm
@@ -262,11 +262,16 @@ class _Reader:
     def require_no_hooks(self, node: Node) -> None:
         module = self.module(node)
         if module is not None and has_hooks(module):
-            raise Refused(f"{node.target} has hooks")
+            raise Refused(f"{node.target} has hooks, or another forward than its class")
 
     def may_overwrite(self, chain: _Chain) -> bool:
         source = chain.norm.args[0]
-        if not self.is_fresh(source) or len(source.users) > 1 or chain.addition is not None:
+        if (
+            not isinstance(source, Node)
+            or not self.is_fresh(source)
+            or len(source.users) > 1
+            or chain.addition is not None
+        ):
             return False
         if chain.activation is None:
             return True
@@ -294,7 +299,7 @@ class _Reader:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something watches a module's calls."""
-    return bool(
+    """Whether something watches a module's calls, or has replaced its forward."""
+    return "forward" in vars(module) or bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

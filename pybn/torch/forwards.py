@@ -186,7 +186,7 @@ def _snapshot(part: nn.Module) -> _Snapshot:
 
 def _differences(part: nn.Module, snapshot: _Snapshot) -> list[str]:
     now = vars(part)
-    return [name for name in now.keys() - snapshot.keys()] + [
+    return list(now.keys() - snapshot.keys()) + [
         name
         for name, (value, contents) in snapshot.items()
         if now.get(name) is not value or (contents is not None and not _has_same_contents(value, contents))

@@ -82,10 +82,11 @@ class InPlaceABN(_BatchNorm):
         """activation(norm(input)), in the memory of `input`."""
         self._check_input_dim(input)
         statistics = Statistics.of(self)
-        options = (self.eps, self.activation, self.negative_slope)
+        options: tuple[float, str | None, float] = (self.eps, self.activation, self.negative_slope)
         if is_overwritable(input, self.weight, self.bias):
             return overwrite(input, statistics, self.weight, self.bias, *options)
-        return normalize(input, *statistics[:3], self.weight, self.bias, *statistics[3:], *options, None)
+        mean, var, counter, training, momentum = statistics
+        return normalize(input, mean, var, counter, self.weight, self.bias, training, momentum, *options, residual=None)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -94,7 +95,8 @@ class InPlaceABN(_BatchNorm):
     def extra_repr(self) -> str:
         """As torch's layers, and the activation."""
         slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
-        return f"{super().extra_repr()}, activation={self.activation!r}{slope}"
+        text: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{text}, activation={self.activation!r}{slope}"
 
 
 class Statistics(NamedTuple):
@@ -134,8 +136,10 @@ def is_overwritable(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bo
         return True
     with torch.no_grad():
         magnitude = weight.abs()
-        least = magnitude.clamp(min=_SMALLEST_WEIGHT) if bias is None else torch.maximum(
-            magnitude.new_tensor(_SMALLEST_WEIGHT), bias.abs() / _LARGEST_RATIO
+        least = (
+            magnitude.clamp(min=_SMALLEST_WEIGHT)
+            if bias is None
+            else torch.maximum(magnitude.new_tensor(_SMALLEST_WEIGHT), bias.abs() / _LARGEST_RATIO)
         )
         return bool((magnitude >= least).all())
 
@@ -150,7 +154,9 @@ def overwrite(
     negative_slope: float,
 ) -> Tensor:
     """activation(norm(x)), in the memory of x, which must be overwritable."""
-    y: Tensor = _Overwriting.apply(x, weight, bias, statistics, eps, activation, negative_slope)
+    y: Tensor = _Overwriting.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, statistics, eps, activation, negative_slope
+    )
     return y
 
 
@@ -168,9 +174,7 @@ class _Overwriting(torch.autograd.Function):
     ) -> Tensor:
         mean, var, counter, training, momentum = statistics
         if training and x.numel() == x.size(1):
-            raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
-            )
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
         act = (kernels.activation_index(activation), negative_slope)
         values = x.detach().numpy()
         normalization, _ = _core.forward(
@@ -184,7 +188,7 @@ class _Overwriting(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of a norm of z = activation^-1(y), whose mean is bias and whose standard deviation |weight|."""
         y, weight, bias = ctx.saved_tensors

@@ -69,7 +69,12 @@ def test_gradcheck(activation, training):
     weight, bias = mine.weight.detach().requires_grad_(), mine.bias.detach().requires_grad_()
 
     def function(x, weight, bias):
-        state = {"weight": weight, "bias": bias, "running_mean": torch.zeros(3).double(), "running_var": torch.ones(3).double()}
+        state = {
+            "weight": weight,
+            "bias": bias,
+            "running_mean": torch.zeros(3).double(),
+            "running_var": torch.ones(3).double(),
+        }
         return torch.func.functional_call(mine, state, (x * 1,))
 
     x = values(3, 3, 2, 2).requires_grad_()

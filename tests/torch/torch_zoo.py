@@ -370,7 +370,7 @@ class UNet(nn.Module):
 
 
 def double_conv(inputs: int, outputs: int) -> nn.Sequential:
-    """conv - norm - LeakyReLU, twice."""
+    """Conv - norm - LeakyReLU, twice."""
     layers: list[nn.Module] = []
     for channels in (inputs, outputs):
         layers += [conv(channels, outputs), nn.BatchNorm2d(outputs), nn.LeakyReLU(0.1, inplace=True)]
