@@ -17,7 +17,6 @@ import argparse
 import copy
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -239,9 +238,14 @@ def peak_of_one_step(name: str, variant: str) -> float:
     if variant != "stock":
         accelerate(model, inplace=True, inplace_activations=variant == "in place")
     step = training_step(model, images(network, "float32"), "float32")
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    before = memory("VmRSS")
     step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - pages * resource.getpagesize() / 2**20
+    return memory("VmHWM") - before
+
+
+def memory(kind: str) -> float:
+    """MB of this program; getrusage would count those of the process that started it, too."""
+    return int(Path("/proc/self/status").read_text().split(f"{kind}:")[1].split()[0]) / 1024
 
 
 def measure_memory(names: Sequence[str]) -> list[Peak]:

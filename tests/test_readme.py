@@ -21,8 +21,8 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     assert Path("layer.npz").exists()
 
 
-def test_there_are_three_of_them():
-    assert len(BLOCKS) == 3
+def test_there_are_four_of_them():
+    assert len(BLOCKS) == 4
 
 
 def test_every_linked_file_exists():

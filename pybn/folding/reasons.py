@@ -61,6 +61,21 @@ class Reason(str, Enum):
     NO_GAIN = "no-gain"
 
 
+# Those that only `pybn.torch.fold` gives.
+OF_MODULES = frozenset(
+    {
+        Reason.BATCH_STATISTICS,
+        Reason.NO_VALUES,
+        Reason.HOOKS,
+        Reason.PARAMETRIZED,
+        Reason.OVERRIDDEN,
+        Reason.NOT_CALLED,
+        Reason.UNTRACED,
+        Reason.SHARED_MODULE,
+        Reason.WEIGHT_READ,
+    }
+)
+
 UNLOCK: dict[Reason, str] = {
     Reason.TRAINING_MODE: "export the model in evaluation mode",
     Reason.EXTRA_OUTPUTS: "export the model in evaluation mode, where Y is the only output",
