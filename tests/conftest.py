@@ -19,8 +19,8 @@ import pybn
 from pybn import _core
 from pybn._config import configure_from_environment
 
-settings.register_profile("reproducible", deadline=None, derandomize=True, max_examples=150)
-settings.register_profile("fuzz", deadline=None, max_examples=15_000)
+settings.register_profile("reproducible", deadline=None, derandomize=True, max_examples=75)
+settings.register_profile("fuzz", deadline=None, max_examples=7_500)
 settings.load_profile("reproducible")
 
 # Each is or straddles the end of a vector of 4, 8 or 16 values, or of an unrolled step of them.
