@@ -17,6 +17,7 @@ Read in this order; each file uses only those above it:
 - ``walk``             from operator to operator, until all of a map is absorbed
 - ``choice``           all ways to fold one node, by what they cost
 - ``editor``           changing a graph: new constants, a node taken out
+- ``effects``          where each fold shows in the end
 - ``report``           what was folded, what was left, and what the check found
 - ``neighbours``       what surrounds a node that is left
 - ``ranges``           how large weights are before and after, for the report

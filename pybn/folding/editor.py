@@ -37,6 +37,8 @@ class Editor:
         self._names = {value.name for scope in scopes(model) for value in _all_values(scope.graph) if value.name}
         self._names |= {node.name for scope in scopes(model) for node in scope.graph if node.name}
         self._made: set[str] = set()
+        # Where to go on counting: a thousand operators may share one weight.
+        self._next: dict[str, int] = {}
 
     def apply(self, rewrites: Iterable[Rewrite], changed: Iterable[ir.Value]) -> dict[ir.Value, ir.Value]:
         """Give nodes their new constants and form, and values that carry other data new names.
@@ -223,9 +225,10 @@ class Editor:
 
     def _unused_name(self, base: str) -> str:
         base = re.sub(r"\.folded\d*$", "", base)
-        name, count = f"{base}.folded", 2
+        name, count = f"{base}.folded", self._next.get(base, 2)
         while name in self._names:
             name, count = f"{base}.folded{count}", count + 1
+        self._next[base] = count
         self._names.add(name)
         self._made.add(name)
         return name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -13,6 +13,7 @@ import onnx_ir as ir
 from pybn.folding import sources
 from pybn.folding.choice import Choice, choose
 from pybn.folding.editor import Editor
+from pybn.folding.effects import Effect, Effects
 from pybn.folding.graph import Facts, display_name, scopes
 from pybn.folding.neighbours import neighbours
 from pybn.folding.reasons import Reason, Refusal
@@ -63,7 +64,7 @@ class _Origin:
     direction: Direction = "merged"
     into: list[str] = field(default_factory=list)
     route: list[str] = field(default_factory=list)
-    outputs: list[ir.Value] = field(default_factory=list)
+    effects: list[Effect] = field(default_factory=list)
     cost: int = 0
 
 
@@ -84,7 +85,7 @@ class _Engine:
         _require_names("only", options.only, (self._origins[node].name for node in affine))
         _require_names("skip", options.skip, (origin.name for origin in self._origins.values()))
         self._frozen = {node for node, origin in self._origins.items() if origin.name in options.skip}
-        self._folded: list[_Origin] = []
+        self._effects = Effects()
         self._waiting = set(affine)
         self._total = len(affine)
 
@@ -97,7 +98,8 @@ class _Engine:
                 # What has been folded may prove what was unknown. Folding the result again has to find
                 # nothing, so this goes on until a pass that starts from the model as it is finds nothing.
                 self._facts = Facts(self._model)
-        rows = [row for origin in self._origins.values() if (row := self._row(origin)) is not None]
+        shown = self._effects.shown()
+        rows = [row for origin in self._origins.values() if (row := self._row(origin, shown)) is not None]
         return FoldReport(tuple(rows))
 
     def _pass(self, *, merges: bool, trades: bool) -> bool:
@@ -161,15 +163,9 @@ class _Engine:
         for old, new in moved.items():
             self._facts.adopt(new, old)
         kept = [moved.get(item, item) for item in kept]
-        # Where an earlier fold had its effect on a value that changes now, this one has it, too.
-        gone = {output, *plan.changed}
-        for earlier in self._folded:
-            if any(item in gone for item in earlier.outputs):
-                earlier.outputs = [item for item in earlier.outputs if item not in gone] + kept
-            earlier.outputs = [moved.get(item, item) for item in earlier.outputs]
+        effects = self._effects.show(kept, gone=(output, *plan.changed), moved=moved)
         if record is not None:
-            record.outputs += [item for item in kept if item not in record.outputs]
-            self._folded.append(record)
+            record.effects += effects
         if choice.rest is not None:
             self._editor.replace(node, choice.rest.op_type, source.data, choice.rest.constant)
         else:
@@ -202,10 +198,10 @@ class _Engine:
                 origin.name, origin.op_type, origin.output, origin.graph, refusal.reason, refusal.detail, would
             )
 
-    def _row(self, origin: _Origin) -> Fold | Left | None:
+    def _row(self, origin: _Origin, shown: Mapping[Effect, tuple[ir.Value, ...]]) -> Fold | Left | None:
         if origin.scale_range is None:
             return None if origin.left is None else replace(origin.left, neighbours=neighbours(origin.node))
-        names = dict.fromkeys(value.name for value in origin.outputs if value.name)
+        names = dict.fromkeys(value.name for effect in origin.effects for value in shown[effect] if value.name)
         return Fold(
             name=origin.name,
             op_type=origin.op_type,

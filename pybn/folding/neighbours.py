@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from typing import TypeAlias
 
 import onnx_ir as ir
@@ -23,12 +25,15 @@ def neighbours(node: ir.Node, steps: int = 2) -> tuple[Neighbour, ...]:
 
     Constants are left out; the inputs and outputs of the graph count as nodes.
     """
-    found: dict[Place, None] = {node: None}
-    frontier: list[Place] = [node]
-    for _ in range(steps):
-        reached = dict.fromkeys(near for place in frontier for near in _adjacent(place) if near not in found)
-        found |= reached
-        frontier = list(reached)
+    found: dict[Place, int] = {node: 0}
+    waiting: deque[Place] = deque([node])
+    while waiting and len(found) < MOST:
+        place = waiting.popleft()
+        if found[place] == steps:
+            break
+        for near in islice((near for near in _adjacent(place) if near not in found), MOST):
+            found[near] = found[place] + 1
+            waiting.append(near)
     return tuple(_neighbour(place) for place in list(found)[:MOST])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import onnx_ir as ir
 
@@ -26,6 +27,8 @@ BROADCASTS_SINCE = {"Add": 7, "Sub": 7, "Mul": 7, "Div": 7, "PRelu": 7, "Max": 8
 DEEPEST = 200
 # How many rules are asked for one plan, alternatives included.
 MOST_STEPS = 250
+# How many users of a value are looked at to say why it cannot change; it may have thousands.
+MOST_USERS = 16
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,7 @@ class Walk:
             return Refusal(Reason.GRAPH_OUTPUT, f"{where} is a graph output")
         if producer.graph is not user.graph:
             return Refusal(Reason.SUBGRAPH_CAPTURE, f"{where} belongs to an outer graph")
-        others = [use.node for use in value.uses() if (use.node, use.idx) != (user, index)]
+        others = [use.node for use in islice(value.uses(), MOST_USERS) if (use.node, use.idx) != (user, index)]
         captured = [node for node in others if node.graph is not producer.graph]
         if captured:
             return Refusal(
