@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from memory import memory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -241,18 +241,12 @@ def measure(tool: str, path: Path) -> Speed:
     small = path.parent / "small.onnx"
     onnx.save(SMALL[SPEED_MODEL](), small)
     TOOLS[tool].fold(small)
-    before = peak_bytes()
+    before = memory("VmHWM")
     start, processor = time.perf_counter(), time.process_time()
     folded = TOOLS[tool].fold(path)
     seconds, processor = time.perf_counter() - start, time.process_time() - processor
     assert folded.graph.node
-    return Speed(seconds, processor, peak_bytes() - before)
-
-
-def peak_bytes() -> int:
-    """Return the largest memory that this process has ever had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return Speed(seconds, processor, memory("VmHWM") - before)
 
 
 # What the parent does: build the models, start the children, print the tables.
@@ -260,7 +254,6 @@ def peak_bytes() -> int:
 
 def ask(what: str, name: str, path: Path, option: Any, *, limit: float) -> dict[str, Any] | Outcome:
     """Have a child process do something, see `serve`; return its answer, or what became of it."""
-    # Everything large happens in children: one starts with the peak memory of its parent.
     command = [sys.executable, __file__, "--child", what, name, str(path), json.dumps(option)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)

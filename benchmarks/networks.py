@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory import memory
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -240,12 +241,7 @@ def peak_of_one_step(name: str, variant: str) -> float:
     step = training_step(model, images(network, "float32"), "float32")
     before = memory("VmRSS")
     step()
-    return memory("VmHWM") - before
-
-
-def memory(kind: str) -> float:
-    """MB of this program; getrusage would count those of the process that started it, too."""
-    return int(Path("/proc/self/status").read_text().split(f"{kind}:")[1].split()[0]) / 1024
+    return (memory("VmHWM") - before) / 2**20
 
 
 def measure_memory(names: Sequence[str]) -> list[Peak]:
