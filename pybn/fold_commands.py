@@ -187,14 +187,15 @@ def fold(
                     terminal.print_report(report, everything=everything)
                     if dry_run:
                         typer.echo("dry run: no model was written")
-        except WrongUsage as error:
-            fail(str(error), WRONG_USAGE)
-        except Failed as error:
-            failure = str(error)
+        except (Failed, WrongUsage) as error:
+            # Other models may be fine: what is wrong with one is said, and does not end the run.
+            wrong = isinstance(error, WrongUsage)
+            failure = f"{job.source}: {error}" if wrong else str(error)
+            code = WRONG_USAGE if wrong else code
             reports.append({"input": {"path": str(job.source)}, "error": failure})
         if failure:
             say(failure)
-            code = FAILED
+            code = code or FAILED
     if as_json and not (len(jobs) == 1 and "error" in reports[0]):
         typer.echo(json.dumps(reports[0] if len(jobs) == 1 else reports, indent=2, allow_nan=False))
     raise typer.Exit(code)

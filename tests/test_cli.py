@@ -455,6 +455,21 @@ def test_one_bad_model_does_not_stop_the_others(model, tmp_path):
     assert [path.name for path in out.iterdir()] == ["model.onnx"]
 
 
+def test_a_name_that_one_model_lacks_does_not_stop_the_others(model, tmp_path):
+    other, out = tmp_path / "other.onnx", tmp_path / "out"
+    renamed = onnx.load(model)
+    for node in renamed.graph.node:
+        node.name = node.name.replace("norm_a", "norm_z")
+    onnx.save(renamed, other)
+    result = run("fold", other, model, "-o", out, "--skip", "norm_a", "--json")
+    assert result.exit_code == 2
+    first, second = json.loads(result.stdout)
+    assert first["error"].startswith(f"{other}: skip names 'norm_a'")
+    assert second["counts"]["left"] >= 1
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in out.iterdir()] == ["model.onnx"]
+
+
 def test_a_picture_of_no_weights_is_one_line(tmp_path):
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Relu", ["x"], ["y"])],
