@@ -58,8 +58,8 @@ class Effects:
 
     def shown(self) -> dict[Effect, tuple[ir.Value, ...]]:
         """Find the values that show every effect at the end."""
-        values = {effect: (effect.value,) for effect in self._current.values()}
-        # What stands for an effect is younger than its end, so the last to end are known first.
+        values: dict[Effect, tuple[ir.Value, ...]] = {item: (item.value,) for item in self._current.values()}
+        # What shows an effect instead was current when that ended, so it ended later or never.
         for effect in reversed(self._past):
             values[effect] = tuple(dict.fromkeys(value for other in effect.instead for value in values[other]))
         return values
