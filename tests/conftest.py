@@ -13,14 +13,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import pybn
 from pybn import _core
 from pybn._config import configure_from_environment
 
-settings.register_profile("reproducible", deadline=None, derandomize=True, max_examples=75)
-settings.register_profile("fuzz", deadline=None, max_examples=7_500)
+# How long drawing takes says how busy the machine is, not that a test fails.
+slowly = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("reproducible", slowly, derandomize=True, max_examples=75)
+settings.register_profile("fuzz", slowly, max_examples=7_500)
 settings.load_profile("reproducible")
 
 # Each is or straddles the end of a vector of 4, 8 or 16 values, or of an unrolled step of them.
