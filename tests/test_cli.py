@@ -302,6 +302,7 @@ def test_missing_extras_are_one_line(model, monkeypatch, capsys, missing):
     for name in list(sys.modules):
         if name.startswith("pybn.") and name != "pybn.cli":
             monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(pybn, "folding", pybn.folding)  # so that it is what it was afterwards
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setattr(sys, "argv", ["pybn", "fold", str(model), "--check", "1"])
     with pytest.raises(SystemExit) as caught:
