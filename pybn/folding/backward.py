@@ -370,8 +370,8 @@ def slice_(node: ir.Node, index: int, affine: Affine, facts: Facts) -> Step | Re
     if kept is None:
         return Step(carries=((0, affine),))
     whole = facts.size(value, affine.axis)
-    if whole is None or kept.step < 1:
-        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the channels that Slice keeps, and their order, are not proven")
+    if whole is None:
+        return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the number of channels that Slice is given is not proven")
     # Where Python and ONNX disagree, about bounds before the start, the length tells.
     if not len(range(whole)[kept]) == affine.scale.size == facts.size(node.outputs[0], affine.axis):
         return Refusal(Reason.CHANNEL_AXIS_UNPROVEN, "the channels that Slice keeps are not proven")

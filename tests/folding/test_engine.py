@@ -77,6 +77,20 @@ def kinds(result: FoldResult[onnx.ModelProto]) -> list[str]:
 # Backward, forward, and both
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "step", "kept"), [(3, -5, -1, 4), (3, 0, -2, 2), (-1, -4, -1, 3), (0, 4, 2, 2)]
+)
+def test_channels_that_a_slice_keeps_in_any_order(start, end, step, kept):
+    bounds = {name: np.array([number]) for name, number in {"s": start, "e": end, "one": 1, "by": step}.items()}
+    proto = network(
+        node("Conv", "x w", "c"),
+        node("Slice", "c s e one by", "l"),
+        bn_node("l", "y"),
+        constants={"w": weights(4, 3, 1, 1), **bounds, **parameters(kept)},
+    )
+    assert kinds(fold(proto)) == ["Conv", "Slice"]
+
+
 def test_residual_addition_scales_both_branches_and_shifts_one():
     constants = {"w": weights(4, 3, 3, 3), "v": weights(4, 3, 3, 3, seed=2), **parameters()}
     nodes = node("Conv", "x w", "c"), node("Conv", "x v", "d"), node("Add", "c d", "s"), bn_node("s", "y")
