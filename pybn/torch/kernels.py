@@ -34,7 +34,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 ACTIVATIONS: dict[str | None, int] = {
     None if name == "none" else name: index for index, name in enumerate(_core.activations)
 }
-_FUNCTIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
+FUNCTIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
     None: lambda z, _: z,
     "relu": lambda z, _: F.relu(z),
     "relu6": lambda z, _: F.relu6(z),
@@ -123,7 +123,7 @@ def composite(
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None:
         y = y + residual
-    return _FUNCTIONS[activation](y, negative_slope)
+    return FUNCTIONS[activation](y, negative_slope)
 
 
 def differentiable_backward(

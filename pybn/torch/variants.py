@@ -7,7 +7,6 @@ sums are the same; gradients that are not written here are those that autograd f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,17 +17,9 @@ from pybn import _arrays, sequence
 from pybn.functional import apply, batch_norm_backward, batch_norm_stats
 from pybn.ghost import parts
 from pybn.renorm import PAPER_DMAX, PAPER_RMAX, Schedule, value_of
+from pybn.torch import kernels
 from pybn.torch.functional import batch_norm
 from pybn.torch.population import values_of
-
-_ACTIVATIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
-    None: lambda z, _: z,
-    "relu": lambda z, _: nn.functional.relu(z),
-    "relu6": lambda z, _: nn.functional.relu6(z),
-    "leaky_relu": nn.functional.leaky_relu,
-    "silu": lambda z, _: nn.functional.silu(z),
-    "hardswish": lambda z, _: nn.functional.hardswish(z),
-}
 
 
 class _Variant(nn.modules.batchnorm._BatchNorm):
@@ -363,7 +354,7 @@ def _composite(
     z = z if weight is None else z * weight.double()[:, None]
     z = z if bias is None else z + bias.double()[:, None]
     z = z.reshape(x.shape).to(x.dtype)
-    return _ACTIVATIONS[activation](z if residual is None else z + residual, negative_slope)
+    return kernels.FUNCTIONS[activation](z if residual is None else z + residual, negative_slope)
 
 
 class SequenceBatchNorm(_Variant):
