@@ -19,7 +19,7 @@ from pybn import _arrays, _synchronized
 from pybn._arrays import Array
 from pybn._exchange import Direction, Exchange, absence, loss
 from pybn._synchronized import GIVES_SUMS, NOTHING, WANTS_SUMS
-from pybn.torch.modules import _BatchNorm
+from pybn.torch.modules import _BatchNorm, state_of
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -157,10 +157,7 @@ class _Synchronize(torch.autograd.Function):
         intention: int,
     ) -> Tensor:
         what = f"SyncBatchNorm({layer.num_features})"
-        counter, running = layer.num_batches_tracked, (layer.running_mean, layer.running_var)
-        momentum = layer.momentum
-        if momentum is None:
-            momentum = 0.0 if counter is None else 1 / (int(counter) + 1)
+        _, _, (*running, counter, _, momentum) = state_of(layer)
         new_mean, new_var = (None if r is None else r.detach().double().clone().numpy() for r in running)
         with Exchange(transport, what, Direction.forward, layer._calls) as exchange:
             layer._check_input_dim(input)
