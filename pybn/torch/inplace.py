@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pybn import _core
 from pybn.torch import kernels
 from pybn.torch.functional import normalize
-from pybn.torch.modules import Statistics, state_of
+from pybn.torch.modules import Activated, Statistics, state_of
 
 # Dividing z - bias by the weight multiplies z's rounding by |bias / weight|: a factor of 2^10 leaves float32 gradients
 # four digits.
@@ -34,7 +33,7 @@ _SMALLEST_WEIGHT = 1e-30
 _DTYPES = (torch.float32, torch.float64)
 
 
-class InPlaceABN(_BatchNorm):
+class InPlaceABN(Activated):
     """Activated batch norm that overwrites its input.
 
     A training step keeps one tensor for it where a norm and an activation keep two (or, if the activation is in place,
@@ -75,9 +74,10 @@ class InPlaceABN(_BatchNorm):
             raise ValueError(f"activation is {activation!r}, expected 'leaky_relu' or None, which have an inverse")
         if not (negative_slope > 0 and math.isfinite(negative_slope)):
             raise ValueError(f"negative_slope is {negative_slope!r}, expected a number > 0")
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self.activation = activation
-        self.negative_slope = float(negative_slope)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, activation=activation,
+            negative_slope=negative_slope,
+        )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:
         """activation(norm(input)), in the memory of `input`."""
@@ -92,12 +92,6 @@ class InPlaceABN(_BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"input has {input.dim()} dimensions, expected at least 2: (N, C, ...)")
-
-    def extra_repr(self) -> str:
-        """As torch's layers, and the activation."""
-        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
-        text: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{text}, activation={self.activation!r}{slope}"
 
 
 def is_overwritable(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from pybn import _arrays
 from pybn.torch import kernels
 from pybn.torch.functional import normalize
 
@@ -38,7 +39,45 @@ def state_of(layer: torch.nn.modules.batchnorm._BatchNorm) -> tuple[Tensor | Non
     return weight, bias, (mean, var, counter, training, momentum)
 
 
-class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+class Activated(torch.nn.modules.batchnorm._BatchNorm):
+    """torch's batch norm layer with the settings of an activation; what all layers here have in common."""
+
+    activation: str | None
+    negative_slope: float
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        **options: Any,
+    ) -> None:
+        _arrays.activation(activation, negative_slope)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        self.activation = activation
+        self.negative_slope = negative_slope
+
+    def extra_repr(self) -> str:
+        """As torch's, and the activation if there is one."""
+        text: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        if self.activation is not None:
+            text += f", activation={self.activation!r}"
+        if self.activation == "leaky_relu":
+            text += f", negative_slope={self.negative_slope}"
+        return text
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"activation": None, "negative_slope": 0.01, **state})  # type: ignore[no-untyped-call]
+
+
+class _BatchNorm(Activated):
     """Batch normalization as torch's own layer of this name, and in the same pass a residual sum and an activation.
 
     It is a subclass of torch's layer, with the same parameters, buffers and state dict.
@@ -64,28 +103,6 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     errors, and what is left to torch.
     """
 
-    activation: str | None
-    negative_slope: float
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        activation: str | None = None,
-        negative_slope: float = 0.01,
-        **options: Any,
-    ) -> None:
-        kernels.activation_index(activation)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
-        self.activation = activation
-        self.negative_slope = negative_slope
-
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Shapes as in `pybn.torch.batch_norm`; the residual has the input's."""
         if isinstance(input, Proxy):  # torch.fx knows torch's own layers as leaves by their module's name
@@ -96,18 +113,6 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             input, mean, var, counter, weight, bias, training, momentum, self.eps, self.activation,
             self.negative_slope, residual,
         )  # fmt: skip
-
-    def extra_repr(self) -> str:
-        """As torch's, and the activation if there is one."""
-        text: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        if self.activation is not None:
-            text += f", activation={self.activation!r}"
-        if self.activation == "leaky_relu":
-            text += f", negative_slope={self.negative_slope}"
-        return text
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"activation": None, "negative_slope": 0.01, **state})  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_torch(

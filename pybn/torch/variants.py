@@ -19,29 +19,16 @@ from pybn.ghost import parts
 from pybn.renorm import PAPER_DMAX, PAPER_RMAX, Schedule, value_of
 from pybn.torch import kernels
 from pybn.torch.functional import batch_norm
+from pybn.torch.modules import Activated, state_of
 from pybn.torch.population import values_of
 
 
-class _Variant(nn.modules.batchnorm._BatchNorm):
+class _Variant(Activated):
     """What the layers here have in common; a subclass of torch's layer, with its parameters, buffers and state dict."""
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float,
-        momentum: float | None,
-        affine: bool,
-        track_running_stats: bool,
-        device: Any,
-        dtype: Any,
-        activation: str | None,
-        negative_slope: float,
-    ) -> None:
+    def __init__(self, num_features: int, *args: Any, **options: Any) -> None:
         _arrays.at_least_one("num_features", num_features)
-        _arrays.activation(activation, negative_slope)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self.activation = activation
-        self.negative_slope = negative_slope
+        super().__init__(num_features, *args, **options)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if not 2 <= input.ndim <= 5:
@@ -71,11 +58,6 @@ class _Variant(nn.modules.batchnorm._BatchNorm):
             x, self.running_mean, self.running_var, self.weight, self.bias, residual, training=False
         )
 
-    def extra_repr(self) -> str:
-        """As torch's, and the activation if there is one."""
-        text: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return text if self.activation is None else f"{text}, activation={self.activation!r}"
-
 
 class GhostBatchNorm(_Variant):
     """`pybn.GhostBatchNorm` for torch: statistics of consecutive parts of the batch, of at least `ghost_size` examples.
@@ -93,13 +75,9 @@ class GhostBatchNorm(_Variant):
         track_running_stats: bool = True,
         device: Any = None,
         dtype: Any = None,
-        *,
-        activation: str | None = None,
-        negative_slope: float = 0.01,
+        **activation: Any,
     ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, activation, negative_slope
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **activation)
         self.ghost_size = _arrays.at_least_one("ghost_size", ghost_size)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -113,26 +91,15 @@ class GhostBatchNorm(_Variant):
             raise ValueError(
                 f"a ghost batch has shape {tuple(smallest.shape)}, one value per channel; expected more when training"
             )
-        tracks = self.training and self.running_mean is not None and self.running_var is not None
         outputs = []
         for part in cut:
-            momentum = self.momentum
-            if tracks:
-                assert self.num_batches_tracked is not None
-                self.num_batches_tracked.add_(1)
-                momentum = 1 / float(self.num_batches_tracked) if momentum is None else momentum
+            weight, bias, (mean, var, counter, _, momentum) = state_of(self)
+            summand = None if residual is None else residual[part]
             outputs.append(
-                self._batch_norm(
-                    input[part],
-                    self.running_mean if tracks else None,
-                    self.running_var if tracks else None,
-                    self.weight,
-                    self.bias,
-                    None if residual is None else residual[part],
-                    training=True,
-                    momentum=momentum or 0.0,
-                )
+                self._batch_norm(input[part], mean, var, weight, bias, summand, training=True, momentum=momentum)
             )
+            if counter is not None:
+                counter.add_(1)
         return torch.cat(outputs)
 
     def extra_repr(self) -> str:
@@ -157,10 +124,9 @@ class BatchRenorm(_Variant):
         *,
         rmax: Schedule = PAPER_RMAX,
         dmax: Schedule = PAPER_DMAX,
-        activation: str | None = None,
-        negative_slope: float = 0.01,
+        **activation: Any,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype, activation, negative_slope)
+        super().__init__(num_features, eps, momentum, affine, True, device, dtype, **activation)
         value_of("rmax", rmax, 0, least=1)
         value_of("dmax", dmax, 0, least=0)
         self.rmax = rmax
@@ -219,11 +185,9 @@ class VirtualBatchNorm(_Variant):
         affine: bool = True,
         device: Any = None,
         dtype: Any = None,
-        *,
-        activation: str | None = None,
-        negative_slope: float = 0.01,
+        **activation: Any,
     ) -> None:
-        super().__init__(num_features, eps, 0.1, affine, False, device, dtype, activation, negative_slope)
+        super().__init__(num_features, eps, 0.1, affine, False, device, dtype, **activation)
         self.register_buffer("reference_mean", torch.zeros(num_features, dtype=torch.float64, device=device))
         self.register_buffer("reference_var", torch.ones(num_features, dtype=torch.float64, device=device))
         self.register_buffer("reference_count", torch.zeros((), dtype=torch.int64, device=device))
@@ -374,11 +338,10 @@ class SequenceBatchNorm(_Variant):
         device: Any = None,
         dtype: Any = None,
         *,
-        activation: str | None = None,
-        negative_slope: float = 0.01,
         channel_axis: int = 1,
+        **activation: Any,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype, activation, negative_slope)
+        super().__init__(num_features, eps, momentum, affine, True, device, dtype, **activation)
         if channel_axis not in (1, -1):
             raise ValueError(f"channel_axis is {channel_axis!r}, expected 1 or -1")
         self.max_steps = _arrays.at_least_one("max_steps", max_steps)
