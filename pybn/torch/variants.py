@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pybn import _arrays, sequence
 from pybn.functional import apply, batch_norm_backward, batch_norm_stats
 from pybn.ghost import parts
-from pybn.renorm import PAPER_DMAX, PAPER_RMAX, Schedule, value_of
+from pybn.renorm import PAPER_DMAX, PAPER_RMAX, Schedule, corrections, value_of
 from pybn.torch import kernels
 from pybn.torch.functional import batch_norm
 from pybn.torch.modules import Activated, state_of
@@ -144,20 +144,18 @@ class BatchRenorm(_Variant):
         batches = int(self.num_batches_tracked)
         rmax = value_of("rmax", self.rmax, batches, least=1)
         dmax = value_of("dmax", self.dmax, batches, least=0)
-        mean, var, count = (torch.as_tensor(value) for value in batch_norm_stats(values_of(input)))
-        running_mean, running_var = self.running_mean.double(), self.running_var.double()
+        mean, var, count = batch_norm_stats(values_of(input))
+        running_mean, running_var = values_of(self.running_mean.double()), values_of(self.running_var.double())
         if count == 0:  # an empty batch tells nothing
             mean, var = running_mean, running_var
-        running_std = (running_var + self.eps).sqrt()
-        r = ((var + self.eps).sqrt() / running_std).clamp(1 / rmax, rmax)
-        d = ((mean - running_mean) / running_std).clamp(-dmax, dmax)
+        r, d = map(torch.from_numpy, corrections(mean, var, running_mean, running_var, self.eps, rmax, dmax))
         weight = torch.ones_like(r) if self.weight is None else self.weight.double()
         bias = torch.zeros_like(d) if self.bias is None else self.bias.double()
         y = self._batch_norm(input, None, None, weight * r, bias + weight * d, residual, training=True)
         momentum = 1 / (batches + 1) if self.momentum is None else self.momentum
         if count > 0:
-            self.running_mean.copy_(torch.lerp(running_mean, mean, momentum))
-            self.running_var.copy_(torch.lerp(running_var, var * (count / (count - 1)), momentum))
+            for running, batch in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
+                running.copy_(torch.lerp(running.double(), torch.from_numpy(batch), momentum))
         self.num_batches_tracked.add_(1)
         return y
 
