@@ -113,14 +113,14 @@ def composite(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-    momentum: float,
+    momentum: float | Tensor,
     eps: float,
     activation: str | None,
     negative_slope: float,
     residual: Tensor | None,
 ) -> Tensor:
     """The same in torch's own operations."""
-    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, float(momentum), eps)
     if residual is not None:
         y = y + residual
     return FUNCTIONS[activation](y, negative_slope)

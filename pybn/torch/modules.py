@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.fx import Proxy
 
 from pybn import _arrays
@@ -15,8 +16,8 @@ from pybn.torch.functional import normalize
 _Layer = TypeVar("_Layer", bound="_BatchNorm")
 
 # Running mean and variance, the number of batches they have seen, whether the statistics are those of the batch, and
-# the weight of these in the running ones.
-Statistics = tuple[Tensor | None, Tensor | None, Tensor | None, bool, float]
+# the weight of these in the running ones: a float, or a tensor if it is to be part of a graph.
+Statistics = tuple[Tensor | None, Tensor | None, Tensor | None, bool, Any]
 
 
 def state_of(layer: torch.nn.modules.batchnorm._BatchNorm) -> tuple[Tensor | None, Tensor | None, Statistics]:
@@ -28,14 +29,15 @@ def state_of(layer: torch.nn.modules.batchnorm._BatchNorm) -> tuple[Tensor | Non
     except KeyError:  # computed by a parametrization, or replaced by plain tensors
         weight, bias = layer.weight, layer.bias
         mean, var, counter = layer.running_mean, layer.running_var, layer.num_batches_tracked
-    training, momentum = layer.training, layer.momentum
+    training = layer.training
+    momentum: Any = layer.momentum
     if not training:
         counter = None
         training = mean is None and var is None
     elif not layer.track_running_stats:
         mean = var = counter = None
-    if momentum is None:
-        momentum = 0.0 if counter is None else 1 / (float(counter) + 1)  # the average of all batches
+    if momentum is None:  # the average of all batches
+        momentum = 0.0 if counter is None else 1 / ((counter.double() if is_compiling() else float(counter)) + 1)
     return weight, bias, (mean, var, counter, training, momentum)
 
 
