@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -170,12 +171,13 @@ def prepared(what: str, network: Network, setting: str, variant: str, *, sgd: bo
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds of every variant of one network in one setting, round by round."""
+    """Seconds of every variant of one network in one setting, and pages it got from the system, round by round."""
 
     network: str
     setting: str
     what: str
     seconds: dict[str, list[float]]
+    pages: dict[str, list[int]]
 
     def ratio(self, variant: str, to: str = "stock") -> float:
         """How many times faster than another a variant is: the median over the rounds."""
@@ -189,14 +191,15 @@ class Runner:
         command = [sys.executable, __file__, "--run", *arguments]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def seconds(self) -> float:
-        """Of one more run."""
+    def cost(self) -> tuple[float, int]:
+        """Seconds and fresh pages of one more run."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
         stdin.write("\n")
         stdin.flush()
-        return float(stdout.readline())
+        seconds, pages = stdout.readline().split()
+        return float(seconds), int(pages)
 
     def end(self) -> None:
         """Let the process end."""
@@ -206,23 +209,31 @@ class Runner:
 def run_when_told(run: Callable[[], None]) -> None:
     """The other end of a `Runner`."""
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, pages = time.perf_counter(), fresh_pages()
         run()
-        print(time.perf_counter() - start, flush=True)
+        print(time.perf_counter() - start, fresh_pages() - pages, flush=True)
 
 
-def timed(runners: dict[str, Runner], rounds: int, limit: float) -> dict[str, list[float]]:
-    """Seconds of each variant, which run in turns, after two turns to warm up; three rounds, and more up to a limit."""
+def fresh_pages() -> int:
+    """Of this process so far: page faults that needed no disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def timed(runners: dict[str, Runner], rounds: int, limit: float) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
+    """Seconds and pages of each variant, which run in turns, after two to warm up, for `limit` seconds, or 3 rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in runners}
+    pages: dict[str, list[int]] = {name: [] for name in runners}
     for runner in (*runners.values(), *runners.values()):
-        runner.seconds()
+        runner.cost()
     start = time.perf_counter()
     for number in range(rounds):
         if number >= 3 and time.perf_counter() - start > limit:
             break
         for name, runner in runners.items():
-            seconds[name].append(runner.seconds())
-    return seconds
+            cost = runner.cost()
+            seconds[name].append(cost[0])
+            pages[name].append(cost[1])
+    return seconds, pages
 
 
 def measure(what: str, arguments: argparse.Namespace) -> list[Row]:
@@ -232,10 +243,10 @@ def measure(what: str, arguments: argparse.Namespace) -> list[Row]:
     for name in arguments.networks:
         for setting in arguments.settings:
             runners = {variant: Runner(what, name, setting, variant, *options) for variant in VARIANTS[what]}
-            seconds = timed(runners, arguments.rounds, arguments.seconds)
+            costs = timed(runners, arguments.rounds, arguments.seconds)
             for runner in runners.values():
                 runner.end()
-            rows.append(Row(with_batch(name, arguments.batch).label, setting, what, seconds))
+            rows.append(Row(with_batch(name, arguments.batch).label, setting, what, *costs))
             print(cells(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
@@ -258,6 +269,11 @@ def cells(row: Row) -> str:
     return table_row([row.network, row.setting, f"{stock:.3f} s", *found])
 
 
+def page_cells(row: Row) -> str:
+    """A row of the table of pages."""
+    return table_row([row.network, row.setting, *(f"{statistics.median(n):.0f}" for n in row.pages.values())])
+
+
 def table_row(texts: Sequence[str]) -> str:
     """Cells as Markdown has them."""
     return f"| {' | '.join(texts)} |"
@@ -272,6 +288,9 @@ def tables(rows: Sequence[Row], peaks: Sequence[Peak]) -> str:
             heads = [title, "setting", *VARIANTS[what]]
             heads += ["fold to fuse", f"fold{REUSED} to fuse"] if what == "inference" else []
             parts.append([table_row(heads), "|---" * len(heads) + "|", *map(cells, chosen)])
+        if chosen and what == "training":
+            heads = ["fresh pages of a step", "setting", *VARIANTS[what]]
+            parts.append([table_row(heads), "|---" * len(heads) + "|", *map(page_cells, chosen)])
     if peaks:
         heads = ["peak memory of training steps", *VARIANTS["memory"]]
         parts.append([table_row(heads), "|---" * len(heads) + "|", *map(peak_cells, peaks)])
