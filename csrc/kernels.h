@@ -53,15 +53,19 @@ PYBN_INLINE GradientVectors<N, A> load(Lanes lanes, const GradientAffine<A>* g, 
   return {load<N>(lanes, g->slope + c), load<N>(lanes, g->offset + c)};
 }
 
-// Bits of the N values from the i-th of a plane or a row on; i is a multiple of N.
-template <int N>
-PYBN_INLINE std::uint32_t mask_bits(const std::uint8_t* mask, std::size_t i) {
-  return std::uint32_t{mask[i / kMaskValues]} >> i % kMaskValues;
+// Bits of the N values from the i-th of a plane or a row on; i is a multiple of N, which is at most 16.
+template <int N, class Lanes>
+PYBN_INLINE std::uint32_t mask_bits(Lanes lanes, const std::uint8_t* mask, std::size_t i) {
+  const std::uint8_t* byte = mask + i / kMaskValues;
+  std::uint32_t bits = std::uint32_t{byte[0]} >> i % kMaskValues;
+  if (N > kMaskValues && lanes.has(kMaskValues)) bits |= std::uint32_t{byte[1]} << kMaskValues;
+  return bits;
 }
-template <int N>
-PYBN_INLINE void set_mask_bits(std::uint8_t* mask, std::size_t i, std::uint32_t bits) {
-  std::uint8_t& byte = mask[i / kMaskValues];
-  byte = static_cast<std::uint8_t>(i % kMaskValues == 0 ? bits : byte | bits << i % kMaskValues);
+template <int N, class Lanes>
+PYBN_INLINE void set_mask_bits(Lanes lanes, std::uint8_t* mask, std::size_t i, std::uint32_t bits) {
+  std::uint8_t* byte = mask + i / kMaskValues;
+  byte[0] = static_cast<std::uint8_t>(i % kMaskValues == 0 ? bits : byte[0] | bits << i % kMaskValues);
+  if (N > kMaskValues && lanes.has(kMaskValues)) byte[1] = static_cast<std::uint8_t>(bits >> kMaskValues);
 }
 
 // y of a vector, the i-th of a plane or a row, and its bits of the mask, if there is one.
@@ -72,7 +76,7 @@ PYBN_INLINE void apply_forward(const Act& act, Lanes lanes, std::size_t i, const
   if constexpr (kResidual) {
     z += load<N>(lanes, residual);
     if constexpr (Act::kReadsZ)
-      if (mask) set_mask_bits<N>(mask, i, bits_of(act.template passes<N, A>(z)));
+      if (mask) set_mask_bits<N>(lanes, mask, i, bits_of(act.template passes<N, A>(z)));
   }
   store<N>(lanes, y, act.template forward<N, A>(z));
 }
@@ -87,7 +91,7 @@ PYBN_INLINE Vec<A, N> backward_through(const Act& act, Lanes lanes, std::size_t 
                                        const std::uint8_t* mask, Vec<A, N> x, const AffineVectors<N, A>& a) {
   const Vec<A, N> gradient = load<N>(lanes, dy);
   if constexpr (Act::kReadsMask) {
-    return act.template backward_masked<N, A>(lanes_of<A, N>(mask_bits<N>(mask, i)), gradient);
+    return act.template backward_masked<N, A>(lanes_of<A, N>(mask_bits<N>(lanes, mask, i)), gradient);
   } else {
     Vec<A, N> z = a(x);
     if constexpr (Act::kReadsResidual) z += load<N>(lanes, residual);
@@ -161,6 +165,10 @@ struct Count {
   static constexpr int value = N;
 };
 
+// The same, of one of the vectors of an unrolled step.
+template <int N>
+struct Unrolled : Count<N> {};
+
 // How a plane is taken: in steps of kUnroll vectors, then in vectors, then in what is left. All planes of a block are
 // taken alike, so that their sums run in the same order.
 struct Steps {
@@ -227,6 +235,41 @@ class Walk {
   std::ptrdiff_t ahead_, stride_;
 };
 
+// An operand as a reduction reads it: at(offset, u) is where the values of a vector are that are to be converted to
+// doubles. Those of half types are converted to floats in memory first, an unrolled step of them at a time, in vectors
+// twice as long as what doubles need; and doubles take one instruction from memory, two from a register. TODO figures
+template <class T, bool kIsHalf = sizeof(T) == 2>
+class Reading : public Walk<const T> {
+ public:
+  using Walk<const T>::Walk;
+  template <class U>
+  PYBN_INLINE const T* at(std::size_t i, U) const {
+    return this->plane() + i;
+  }
+};
+template <class T>
+class Reading<T, true> : public Walk<const T> {
+ public:
+  using Walk<const T>::Walk;
+  template <int U>
+  PYBN_INLINE const T* at(std::size_t i, Count<U>) const {
+    return this->plane() + i;
+  }
+  template <int U>
+  PYBN_INLINE const float* at(std::size_t i, Unrolled<U>) {
+    if (U == 0) {
+      constexpr int N = kLanes<T>;
+      for (int from = 0; from < kUnroll * kDoubles; from += N)
+        store<N>(Whole{}, floats_ + from, load<N>(Whole{}, this->plane() + i + from));
+      asm("" : "+m"(floats_));  // or the compiler would keep them in registers
+    }
+    return floats_ + U * kDoubles;
+  }
+
+ private:
+  alignas(kLineBytes) float floats_[kUnroll * kDoubles];
+};
+
 // Calls fetch(offset, Head or Tail), once for every cache line or more often, and step(lanes, offset, u) for every
 // vector of a plane. `u` is a Count below kUnroll; successive steps have different ones.
 template <class T, int N, class Fetch, class Step>
@@ -236,10 +279,10 @@ PYBN_INLINE void for_each_vector(const Steps& steps, Fetch fetch, Step step) {
   const auto unrolled = [&](std::size_t count, auto part) PYBN_INLINE_LAMBDA {
     for (; count > 0; --count, i += kUnroll * N) {
       for (std::size_t line = 0; line < kUnroll * N; line += kLineBytes / sizeof(T)) fetch(i + line, part);
-      step(Whole{}, i, Count<0>{});
-      step(Whole{}, i + N, Count<1>{});
-      step(Whole{}, i + 2 * N, Count<2>{});
-      step(Whole{}, i + 3 * N, Count<3>{});
+      step(Whole{}, i, Unrolled<0>{});
+      step(Whole{}, i + N, Unrolled<1>{});
+      step(Whole{}, i + 2 * N, Unrolled<2>{});
+      step(Whole{}, i + 3 * N, Unrolled<3>{});
     }
   };
   unrolled(steps.head, Head{});
@@ -343,14 +386,14 @@ struct Planes {
       const Spans<T, N> spans(block);
       for (std::size_t o = 0; o < block.outer; ++o)
         for (const Span& span : spans) {
-          Walk<const T> xs(x, block, o, span);
+          Reading<T> xs(x, block, o, span);
           for (std::size_t c = span.channel; c < span.end_channel; ++c, xs.next_plane())
-            sums.add(c, [&](Parts& parts) {
+            sums.add(c, [&](Parts& parts) PYBN_INLINE_LAMBDA {
               const Doubles wide_shift = shifts[c];
               for_each_vector<T, N>(
                   spans.steps(), [&](std::size_t i, auto part) PYBN_INLINE_LAMBDA { xs.fetch(i, part); },
-                  [&](auto lanes, std::size_t i, auto u) {
-                    const Doubles value = load_wide(lanes, xs.plane() + i);
+                  [&](auto lanes, std::size_t i, auto u) PYBN_INLINE_LAMBDA {
+                    const Doubles value = load_wide(lanes, xs.at(i, u));
                     parts[u].add_shifted(lanes.or_else(value, wide_shift), wide_shift);
                   });
             });
@@ -411,13 +454,13 @@ struct Planes {
       const Spans<T, N> spans(block);
       for (std::size_t o = 0; o < block.outer; ++o)
         for (const Span& span : spans) {
-          Walk<const T> dys(dy, block, o, span), xs(x, block, o, span), residuals(residual, block, o, span);
+          Reading<T> dys(dy, block, o, span), xs(x, block, o, span), residuals(residual, block, o, span);
           for (std::size_t c = span.channel; c < span.end_channel; ++c) {
             const auto a = maps.template affine<N>(c);
             const Doubles wide_mean = broadcast<N>(mean[first + c]);
             const std::uint8_t* mask = nullptr;
             if (Act::kReadsMask) mask = fusion.mask.at(o, first + c);
-            sums.add(c, [&](Parts& parts) {
+            sums.add(c, [&](Parts& parts) PYBN_INLINE_LAMBDA {
               for_each_vector<T, N>(
                   spans.steps(),
                   [&](std::size_t i, auto part) PYBN_INLINE_LAMBDA {
@@ -425,10 +468,10 @@ struct Planes {
                     xs.fetch(i, part);
                     if (Act::kReadsResidual) residuals.fetch(i, part);
                   },
-                  [&](auto lanes, std::size_t i, auto u) {
-                    const T* x_at = xs.plane() + i;
-                    const Doubles dz =
-                        wide_backward_through(act, lanes, i, dys.plane() + i, x_at, residuals.plane() + i, mask, a);
+                  [&](auto lanes, std::size_t i, auto u) PYBN_INLINE_LAMBDA {
+                    const auto* x_at = xs.at(i, u);
+                    const auto* residual_at = Act::kReadsResidual ? residuals.at(i, u) : x_at;
+                    const Doubles dz = wide_backward_through(act, lanes, i, dys.at(i, u), x_at, residual_at, mask, a);
                     parts[u].add_gradient(lanes.or_else(dz, Doubles{}), load_wide(lanes, x_at), wide_mean);
                   });
             });
