@@ -70,15 +70,15 @@ PYBN_INLINE void set_mask_bits(Lanes lanes, std::uint8_t* mask, std::size_t i, s
 
 // y of a vector, the i-th of a plane or a row, and its bits of the mask, if there is one.
 template <bool kResidual, int N, class Act, class Lanes, class T, class A>
-PYBN_INLINE void apply_forward(const Act& act, Lanes lanes, std::size_t i, const T* x, const T* residual,
-                               std::uint8_t* mask, T* y, const AffineVectors<N, A>& a) {
+PYBN_INLINE Vec<A, N> apply_forward(const Act& act, Lanes lanes, std::size_t i, const T* x, const T* residual,
+                                    std::uint8_t* mask, const AffineVectors<N, A>& a) {
   Vec<A, N> z = a(load<N>(lanes, x));
   if constexpr (kResidual) {
     z += load<N>(lanes, residual);
     if constexpr (Act::kReadsZ)
       if (mask) set_mask_bits<N>(lanes, mask, i, bits_of(act.template passes<N, A>(z)));
   }
-  store<N>(lanes, y, act.template forward<N, A>(z));
+  return act.template forward<N, A>(z);
 }
 
 // Whether a backward pass may be asked for dz, too: without an activation it is dy, and nothing need be stored.
@@ -119,19 +119,19 @@ PYBN_INLINE Doubles wide_backward_through(const Act& act, Lanes lanes, std::size
   }
 }
 
-// dx of a vector, and dz, the gradient of the residual, if it is wanted.
+// dx of a vector; dz, the gradient of the residual, is stored if it is wanted.
 template <bool kTraining, int N, class Act, class Lanes, class T, class A>
-PYBN_INLINE void apply_backward(const Act& act, Lanes lanes, std::size_t i, const T* dy, const T* x, const T* residual,
-                                const std::uint8_t* mask, T* dx, T* dresidual, const AffineVectors<N, A>& a,
-                                const GradientVectors<N, A>& g) {
+PYBN_INLINE Vec<A, N> apply_backward(const Act& act, Lanes lanes, std::size_t i, const T* dy, const T* x,
+                                     const T* residual, const std::uint8_t* mask, T* dresidual,
+                                     const AffineVectors<N, A>& a, const GradientVectors<N, A>& g) {
   const Vec<A, N> xv = load<N>(lanes, x);
   const Vec<A, N> dz = backward_through(act, lanes, i, dy, residual, mask, xv, a);
   if constexpr (kGivesResidual<Act>)
     if (dresidual) store<N>(lanes, dresidual, dz);
   if constexpr (kTraining)
-    store<N>(lanes, dx, fma(xv - a.center, g.slope, fma(dz, a.scale, g.offset)));
+    return fma(xv - a.center, g.slope, fma(dz, a.scale, g.offset));
   else
-    store<N>(lanes, dx, dz * a.scale);
+    return dz * a.scale;
 }
 
 // Accumulators of one vector of channels or of values: the two sums that a statistics or a backward reduction needs.
@@ -235,9 +235,11 @@ class Walk {
   std::ptrdiff_t ahead_, stride_;
 };
 
-// An operand as a reduction reads it: at(offset, u) is where the values of a vector are that are to be converted to
-// doubles. Those of half types are converted to floats in memory first, an unrolled step of them at a time, in vectors
-// twice as long as what doubles need; and doubles take one instruction from memory, two from a register. TODO figures
+// An operand as a reduction reads it: at(offset, u) is where the values of a vector are that are to become doubles.
+//
+// Half types are converted to floats in memory first, an unrolled step of them at a time. That takes vectors of twice
+// as many values as fit into one of doubles, and floats become doubles in one instruction from memory, in two from a
+// register: statistics of bfloat16 take 0.8 of their time (0.6 with AVX2), of float16 0.9.
 template <class T, bool kIsHalf = sizeof(T) == 2>
 class Reading : public Walk<const T> {
  public:
@@ -261,13 +263,35 @@ class Reading<T, true> : public Walk<const T> {
       constexpr int N = kLanes<T>;
       for (int from = 0; from < kUnroll * kDoubles; from += N)
         store<N>(Whole{}, floats_ + from, load<N>(Whole{}, this->plane() + i + from));
-      asm("" : "+m"(floats_));  // or the compiler would keep them in registers
+      asm("" : "+m"(floats_));  // the compiler would keep them in registers
     }
     return floats_ + U * kDoubles;
   }
 
  private:
   alignas(kLineBytes) float floats_[kUnroll * kDoubles];
+};
+
+// An operand as an application writes it, two vectors of an unrolled step at a time: two of bfloat16 are packed in as
+// many instructions as one.
+template <class T>
+class Writing : public Walk<T> {
+ public:
+  using Walk<T>::Walk;
+  template <class Lanes, class V, int U>
+  PYBN_INLINE void put(Lanes lanes, std::size_t i, Count<U>, V v) {
+    store<kLanes<T>>(lanes, this->plane() + i, v);
+  }
+  template <class V, int U>
+  PYBN_INLINE void put(Whole, std::size_t i, Unrolled<U>, V v) {
+    if (U % 2 == 0)
+      first_ = v;
+    else
+      store_pair(this->plane() + (i - kLanes<T>), first_, v);
+  }
+
+ private:
+  Vec<Arithmetic<T>, kLanes<T>> first_;
 };
 
 // Calls fetch(offset, Head or Tail), once for every cache line or more often, and step(lanes, offset, u) for every
@@ -416,7 +440,7 @@ struct Planes {
       for (std::size_t o = 0; o < block.outer; ++o)
         for (const Span& span : spans) {
           Walk<const T> xs(x, block, o, span), residuals(residual, block, o, span);
-          Walk<T> ys(y, block, o, span);
+          Writing<T> ys(y, block, o, span);
           for (std::size_t c = span.channel; c < span.end_channel; ++c) {
             const auto a = maps.template affine<N>(c);
             std::uint8_t* mask = nullptr;
@@ -428,9 +452,9 @@ struct Planes {
                   if (kResidual) residuals.fetch(i, part);
                   ys.fetch(i, part);
                 },
-                [&](auto lanes, std::size_t i, auto) {
-                  apply_forward<kResidual>(act, lanes, i, xs.plane() + i, residuals.plane() + i, mask, ys.plane() + i,
-                                           a);
+                [&](auto lanes, std::size_t i, auto u) PYBN_INLINE_LAMBDA {
+                  ys.put(lanes, i, u,
+                         apply_forward<kResidual>(act, lanes, i, xs.plane() + i, residuals.plane() + i, mask, a));
                 });
             xs.next_plane();
             residuals.next_plane();
@@ -502,7 +526,8 @@ struct Planes {
       for (std::size_t o = 0; o < block.outer; ++o)
         for (const Span& span : spans) {
           Walk<const T> dys(dy, block, o, span), xs(x, block, o, span), residuals(residual, block, o, span);
-          Walk<T> dxs(dx, block, o, span), dresiduals(dresidual, block, o, span);
+          Writing<T> dxs(dx, block, o, span);
+          Walk<T> dresiduals(dresidual, block, o, span);
           for (std::size_t c = span.channel; c < span.end_channel; ++c) {
             const auto a = maps.template affine<N>(c);
             const auto g = maps.template gradient<N>(c);
@@ -517,9 +542,11 @@ struct Planes {
                   dxs.fetch(i, part);
                   if (kGivesResidual<Act>) dresiduals.fetch(i, part);
                 },
-                [&](auto lanes, std::size_t i, auto) {
-                  apply_backward<kTraining>(act, lanes, i, dys.plane() + i, xs.plane() + i, residuals.plane() + i, mask,
-                                            dxs.plane() + i, has_dresidual ? dresiduals.plane() + i : nullptr, a, g);
+                [&](auto lanes, std::size_t i, auto u) PYBN_INLINE_LAMBDA {
+                  T* dresidual_at = has_dresidual ? dresiduals.plane() + i : nullptr;
+                  dxs.put(lanes, i, u,
+                          apply_backward<kTraining>(act, lanes, i, dys.plane() + i, xs.plane() + i,
+                                                    residuals.plane() + i, mask, dresidual_at, a, g));
                 });
             dys.next_plane();
             xs.next_plane();
@@ -634,7 +661,7 @@ struct Rows {
           ys.fetch(r);
           std::uint8_t* mask = nullptr;
           if (kResidual && Act::kReadsZ && fusion.mask) mask = fusion.mask.at(o + r, 0);
-          apply_forward<kResidual>(act, lanes, c, xs.row(r), residuals.row(r), mask, ys.row(r), a);
+          store<N>(lanes, ys.row(r), apply_forward<kResidual>(act, lanes, c, xs.row(r), residuals.row(r), mask, a));
         }
         xs.advance(N);
         residuals.advance(N);
@@ -700,8 +727,10 @@ struct Rows {
           dxs.fetch(r);
           if (kGivesResidual<Act>) dresiduals.fetch(r);
           const std::uint8_t* mask = Act::kReadsMask ? fusion.mask.at(o + r, 0) : nullptr;
-          apply_backward<kTraining>(act, lanes, c, dys.row(r), xs.row(r), residuals.row(r), mask, dxs.row(r),
-                                    has_dresidual ? dresiduals.row(r) : nullptr, a, g);
+          T* dresidual_at = has_dresidual ? dresiduals.row(r) : nullptr;
+          store<N>(lanes, dxs.row(r),
+                   apply_backward<kTraining>(act, lanes, c, dys.row(r), xs.row(r), residuals.row(r), mask, dresidual_at,
+                                             a, g));
         }
         dys.advance(N);
         xs.advance(N);
