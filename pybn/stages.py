@@ -85,6 +85,7 @@ class OnnxModel:
             raise TypeError(f"model is a {type(model).__name__}, expected a path or an onnx.ModelProto")
         self.batch_norms, self.left = _batch_norms(files.to_ir(self.proto, self.folder))
         self.names = [batch_norm.name for batch_norm in self.batch_norms]
+        self.optional: tuple[str, ...] = ()
         self._stages = _stages(self.proto, self.batch_norms)
 
     @contextlib.contextmanager

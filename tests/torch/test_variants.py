@@ -250,6 +250,65 @@ def test_reestimated_statistics_are_those_of_all_that_arrives(rng, kind, tmp_pat
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_members_are_reestimated_as_their_numpy_layers(rng, name, frozen):
+    module, twin = pair(name, rng, np.float64)
+    last, twin_last = nn.BatchNorm1d(4).double(), pybn.BatchNorm1d(4, dtype=np.float64)
+    model = nn.Sequential(module.double(), nn.Tanh(), last)
+    if frozen:
+        bt.freeze(model)
+    modes = [part.training for part in model.modules()]
+    data = [images(rng, (n, 4, 6), np.float64) * n for n in (5, 4, 9)]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    found = pybn.reestimate(model, [torch.from_numpy(x) for x in data])
+    layers = {"0": twin, "2": twin_last} if name != "virtual" else {"2": twin_last}
+    if name == "virtual":
+        assert found.left == {"0": "it has no running statistics"}
+    expected = pybn.reestimate(layers, data, forward=lambda x: twin_last(np.tanh(twin(x))))
+    assert list(found.statistics) == list(expected.statistics)
+    for part, moments in expected.statistics.items():
+        assert found.statistics[part].count == moments.count
+    for layer, of_numpy in ((module, twin), (last, twin_last)):
+        for key, value in of_numpy.state_dict().items():
+            np.testing.assert_allclose(layer.state_dict()[key].double(), value, rtol=1e-6 if layer is module else 1e-12)
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, state[key])}
+    assert changed <= {f"{i}.running_{what}" for i in "02" for what in ("mean", "var")} | {"0.num_batches_tracked"}
+    assert "2.running_var" in changed
+    assert bt.variants.is_frozen(last) == frozen
+    assert [part.training for part in model.modules()] == modes
+    assert last.momentum == 0.1
+    before = last.running_var.clone()
+    model.train()(torch.from_numpy(data[0]))
+    assert torch.equal(last.running_var, before) == frozen, "it tracks statistics as it did before"
+
+
+@pytest.mark.parametrize("channel_axis", [1, -1])
+def test_reestimated_statistics_of_steps_count_only_the_sequences_that_are_there(rng, channel_axis):
+    module = bt.SequenceBatchNorm(4, 6, channel_axis=channel_axis, dtype=torch.float64)
+    twin = pybn.SequenceBatchNorm(4, 6, channel_axis=channel_axis, dtype=np.float64)
+    data = []
+    for lengths in ([5, 2, 4], [1, 1, 3, 3]):
+        shape = (len(lengths), 4, max(lengths))
+        data.append((np.ascontiguousarray(np.moveaxis(images(rng, shape, np.float64), 1, channel_axis)), lengths))
+    pybn.reestimate([twin], data, forward=lambda batch: twin(batch[0], lengths=batch[1]))
+    by_step = copy.deepcopy(module)
+
+    def steps(batch):
+        x, lengths = torch.from_numpy(batch[0]), np.array(batch[1])
+        for step in range(max(lengths)):
+            by_step(x[:, :, step] if channel_axis == 1 else x[:, step], step=step, mask=step < lengths)
+
+    pybn.reestimate(by_step, data, forward=steps)
+    pybn.reestimate(module, data, forward=lambda batch: module(torch.from_numpy(batch[0]), lengths=batch[1]))
+    assert twin.num_batches_tracked.tolist() == [1, 1, 1, 1, 0, 0]
+    for layer in (module, by_step):
+        for key, value in twin.state_dict().items():
+            np.testing.assert_allclose(layer.state_dict()[key], value, rtol=1e-12, atol=1e-12, err_msg=key)
+    assert module.momentum == 0.1
+    assert module._observer is None
+
+
 def test_inserted_batch_norms_change_no_output(rng):
     model = nn.Sequential(
         nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(5, 4, 2), nn.Sequential(nn.Conv2d(4, 6, 1)),
