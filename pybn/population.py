@@ -378,7 +378,7 @@ class Layers:
             if isinstance(layer, SequenceBatchNorm)
         }
         self.names = [part for name in self._layers for part in steps.get(name, [name])]
-        self.optional = {part for parts in steps.values() for part in parts}
+        self.optional: Collection[str] = {part for parts in steps.values() for part in parts}
         self.left: dict[str, str] = {}
 
     @contextlib.contextmanager

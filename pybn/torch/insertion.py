@@ -62,7 +62,7 @@ class Linears:
                 self._layers[name] = module
         require_all(after, self._layers, self.left)
         self.names = list(self._layers)
-        self.optional: tuple[str, ...] = ()
+        self.optional: Collection[str] = ()
 
     @contextlib.contextmanager
     def running(self, observe: Observe) -> Iterator[Callable[[Any], None]]:

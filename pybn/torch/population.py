@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Modules:
             if isinstance(layer, SequenceBatchNorm)
         }
         self.names = [part for name in self._layers for part in steps.get(name, [name])]
-        self.optional = {part for parts in steps.values() for part in parts}
+        self.optional: Collection[str] = {part for parts in steps.values() for part in parts}
 
     @contextlib.contextmanager
     def running(self, observe: Observe) -> Iterator[Callable[[Any], None]]:

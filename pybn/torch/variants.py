@@ -445,7 +445,7 @@ class SequenceBatchNorm(_Variant):
             )
         if self._observer is not None:
             if first == 0:  # so that a sequence that is left alone uses an earlier step of these, not of any before
-                self.reset_running_stats()  # type: ignore[no-untyped-call]
+                self.reset_running_stats()
             for step, values in sequence.arrivals(blocks, values_of(x), first, self.max_steps):
                 self._observer(values, step)
         y = torch.zeros_like(x, memory_format=torch.contiguous_format)

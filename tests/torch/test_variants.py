@@ -148,6 +148,29 @@ def test_sequences_of_unequal_lengths_and_steps(rng, lengths, channel_axis):
         torch.testing.assert_close(module(at, step=step), of_whole)
 
 
+@pytest.mark.parametrize("suffix", [None, ".npz", ".safetensors"])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_state_dicts_go_both_ways(rng, tmp_path, name, suffix):
+    module, twin = pair(name, rng)
+    x = images(rng, (8, 4, 6))
+    module(torch.from_numpy(x))
+    state = module.state_dict()
+    if suffix is not None:
+        pybn.save_state_dict(state, tmp_path / f"s{suffix}")
+        state = pybn.load_state_dict(tmp_path / f"s{suffix}")
+    twin.reset_parameters()
+    twin.load_state_dict(state)
+    assert list(twin.state_dict()) == list(module.state_dict())
+    for key, value in twin.state_dict().items():
+        assert np.array_equal(value, module.state_dict()[key]), key
+        assert value.shape == tuple(module.state_dict()[key].shape)
+    assert_close(array(module.eval()(torch.from_numpy(x))), twin.eval()(x), np.float32)
+    with pytest.raises(TypeError, match=r"has no counterpart in torch\.nn, expected a BatchNorm"):
+        twin.to_torch()
+    with pytest.raises(TypeError, match=r"has no counterpart in torch\.nn, expected a BatchNorm"):
+        type(twin).from_torch(module)
+
+
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_module_can_be_copied_and_pickled(rng, name):
     module, _ = pair(name, rng)
@@ -198,6 +221,24 @@ def test_frozen_batch_norms_stay_in_evaluation_while_the_rest_trains(rng, kind):
     bt.unfreeze(model)
     model(x)
     assert not torch.equal(model[1].running_mean, before["running_mean"])
+
+
+def test_folding_gives_back_the_network_that_batch_norms_were_inserted_in(rng):
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(5, 4, 2), nn.ReLU(),
+        nn.Conv2d(4, 6, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+    ).eval()  # fmt: skip
+    original = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.from_numpy(images(rng, (64, 3, 8, 8)))
+    pybn.insert(model, [x])
+    folded = bt.fold(model).model
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in folded.modules())
+    found = {name.replace(".linear", ""): value for name, value in folded.state_dict().items()}
+    without = found.pop("4.bias")  # of a convolution that had none
+    assert without.abs().max() < 1e-6
+    assert found.keys() == original.keys()
+    for name, value in original.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6 * float(value.abs().max()), msg=name)
 
 
 class TwoLayers(nn.Module):
