@@ -100,6 +100,8 @@ class BatchRenorm(_BatchNorm):
         self.dmax = dmax
 
     def _train(self, x: Array, residual: npt.ArrayLike | None, out: Array | None) -> Array:
+        if self._observer is not None:  # running statistics, which are being replaced, correct nothing: batch norm
+            return super()._train(x, residual, out)
         running_mean, running_var, counter = self.running_mean, self.running_var, self.num_batches_tracked
         assert running_mean is not None
         assert running_var is not None

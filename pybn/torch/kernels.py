@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from pybn import _core
+from pybn._arrays import Array
 
 Activation = tuple[int, float]  # as the core knows it: an index, and the negative slope
 # y, what the backward pass needs (float64 (5, C): mean, invstd, and the map's centre, scale and shift), and a mask of
@@ -180,3 +181,10 @@ def _smooth_derivative(z: Tensor, activation: int) -> Tensor:
         return sigmoid * (1 + z * (1 - sigmoid))
     inside = z / 3 + 0.5  # hardswish
     return torch.where(z <= -3, torch.zeros_like(z), torch.where(z >= 3, torch.ones_like(z), inside))
+
+
+def values_of(x: Tensor) -> Array:
+    """A tensor's values as an array; a view of those on the CPU, in float32 if NumPy has no such type."""
+    x = x.detach().cpu()
+    array: Array = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    return array

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from pybn import _arrays, sequence
 from pybn.functional import apply, batch_norm_backward, batch_norm_stats
 from pybn.ghost import parts
+from pybn.layers import Observer
 from pybn.renorm import PAPER_DMAX, PAPER_RMAX, Schedule, corrections, value_of
 from pybn.torch import kernels
 from pybn.torch.functional import batch_norm
+from pybn.torch.kernels import values_of
 from pybn.torch.modules import Activated, state_of
-from pybn.torch.population import values_of
 
 
 class _Variant(Activated):
@@ -135,9 +136,10 @@ class BatchRenorm(_Variant):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(batch renorm(input) + residual)``."""
         self._check_input_dim(input)
+        if self.running_mean is None:  # while they are re-estimated: nothing to correct by, so it is batch norm
+            return self._batch_norm(input, None, None, self.weight, self.bias, residual, training=True)
         if not self.training:
             return self._evaluate(input, residual)
-        assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         _arrays.require_several_values(values_of(input), 1, "input")
@@ -326,6 +328,8 @@ class SequenceBatchNorm(_Variant):
     calls in turn; autograd goes back through them.
     """
 
+    _observer: Observer | None = None  # told of inputs while statistics are re-estimated
+
     def __init__(
         self,
         num_features: int,
@@ -385,13 +389,19 @@ class SequenceBatchNorm(_Variant):
         blocks = sequence.blocks_of(there, len(x), x.shape[time_axis], is_last=time_axis == 1)
         sizes = [sequence.count_of(block, len(x)) for block in blocks]
         _, _, counter = self._statistics()
-        if self.training and blocks and max(sizes) < 2 and (first == 0 or not counter.any()):
+        training = self.training or self._observer is not None
+        if training and blocks and max(sizes) < 2 and (first == 0 or not counter.any()):
             raise ValueError(
                 f"input has shape {tuple(x.shape)} and at no step more than one sequence; expected more than one when "
                 "training"
             )
+        if self._observer is not None:
+            if first == 0:  # so that a sequence that is left alone uses an earlier step of these, not of any before
+                self.reset_running_stats()
+            for step, values in sequence.arrivals(blocks, values_of(x), first, self.max_steps):
+                self._observer(values, step)
         y = torch.zeros_like(x, memory_format=torch.contiguous_format)
-        order = sorted(zip(blocks, sizes, strict=True), key=lambda pair: self.training and pair[1] == 1)
+        order = sorted(zip(blocks, sizes, strict=True), key=lambda pair: training and pair[1] == 1)
         for block, size in order:
             steps = block.end - block.begin
             part, summand = _of(block, x), None if residual is None else _of(block, residual)
@@ -399,7 +409,7 @@ class SequenceBatchNorm(_Variant):
                 None if p is None else p.repeat(steps) if block.is_last else p.repeat_interleave(steps)
                 for p in (self.weight, self.bias)
             )
-            if self.training and size > 1:
+            if training and size > 1:
                 # With a momentum of 1 the running statistics are those of the batch, the variance unbiased.
                 mean, var = (torch.zeros(part.shape[1], dtype=torch.float64) for _ in range(2))
                 result = self._batch_norm(part, mean, var, weight, bias, summand, training=True, momentum=1.0)
