@@ -1,22 +1,22 @@
 """Whole networks in PyTorch, stock and with pybn: training steps, inference, memory.
 
     pip install -e ".[torch,bench]"
-    python benchmarks/networks.py                    # all of it: about ten minutes on two cores
-    python benchmarks/networks.py --quick            # few rounds
+    python benchmarks/networks.py                    # all of it: about forty minutes on two cores
+    python benchmarks/networks.py --quick            # few rounds, float32 alone
     python benchmarks/networks.py --help             # what else there is
 
-What is compared runs in turns in one process, and a figure is the median of the rounds' ratios, so that what a busy
-machine does to one it does to the other. A training step is forward, cross entropy and backward, with random
-images, labels and initial parameters; `--sgd` adds the optimiser's step, which pybn has no part in. Memory is measured
-in a fresh process for each model.
+Every variant of a network runs in a process of its own, because what one has freed would be there for the next. They
+take turns, step by step, and a figure is the median of the rounds' ratios, so that what a busy machine does to one it
+does to the other. A training step is forward, cross entropy and backward, with random images, labels and initial
+parameters; `--sgd` adds the optimiser's step, which pybn has no part in. The tables are in Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pybn
-from pybn.torch import accelerate, fold
+from pybn.torch import accelerate, fold, reuse_memory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "torch"))
 
@@ -43,12 +43,11 @@ import torch_zoo
 
 @dataclass(frozen=True)
 class Network:
-    """A network, the images it is measured with, and the ratio that pybn promises for a training step."""
+    """A network, and the images it is measured with."""
 
     title: str
     build: Callable[..., nn.Module]
     shape: tuple[int, int, int, int]
-    target: float
 
     @property
     def label(self) -> str:
@@ -56,10 +55,10 @@ class Network:
 
 
 NETWORKS = {
-    "resnet50": Network("ResNet-50", torch_zoo.resnet50, (16, 3, 224, 224), 1.20),
-    "mobilenetv2": Network("MobileNetV2", torch_zoo.mobilenet_v2, (16, 3, 224, 224), 1.45),
-    "densenet121": Network("DenseNet-121", torch_zoo.densenet121, (8, 3, 160, 160), 1.20),
-    "resnet18": Network("ResNet-18", torch_zoo.resnet18, (32, 3, 128, 128), 1.08),
+    "resnet50": Network("ResNet-50", torch_zoo.resnet50, (16, 3, 224, 224)),
+    "mobilenetv2": Network("MobileNetV2", torch_zoo.mobilenet_v2, (16, 3, 224, 224)),
+    "densenet121": Network("DenseNet-121", torch_zoo.densenet121, (8, 3, 160, 160)),
+    "resnet18": Network("ResNet-18", torch_zoo.resnet18, (32, 3, 128, 128)),
 }
 SETTINGS = ("float32", "channels_last", "bfloat16")
 
@@ -69,7 +68,16 @@ IN_MEMORY = {
     "densenet121": "DenseNet-121, leaky ReLU",
     "mobilenetv2": "MobileNetV2, leaky ReLU",
 }
-MEMORY_VARIANTS = ("stock", "accelerated", "in place")
+
+# Every second name of a pair is the first with the memory of the process reused.
+REUSED = ", reuse_memory"
+VARIANTS = {
+    "training": ("stock", "stock" + REUSED, "accelerated", "accelerated" + REUSED),
+    "inference": ("stock", "torch.fx fuse", "accelerated", "fold", "fold" + REUSED),
+    "memory": ("stock", "accelerated", "accelerated" + REUSED, "in place"),
+}
+# Steps of which the largest memory is measured: freed memory is in pieces after the first.
+MEMORY_STEPS = 3
 
 
 # ---- what is timed
@@ -124,16 +132,6 @@ def inference(model: nn.Module, x: Tensor, setting: str) -> Callable[[], None]:
     return run
 
 
-def training_variants(network: Network, setting: str, *, sgd: bool = False) -> dict[str, Callable[[], None]]:
-    """Training steps of the same network, stock first."""
-    x, model = images(network, setting), built(network, setting)
-    fused = accelerate(copy.deepcopy(model), inplace=True).model
-    return {
-        name: training_step(variant, x, setting, sgd=sgd)
-        for name, variant in (("stock", model), ("accelerated", fused))
-    }
-
-
 def with_statistics(model: nn.Module) -> nn.Module:
     """The network with norms as training leaves them: one that shifts nothing would fold where others do not."""
     generator = torch.Generator().manual_seed(0)
@@ -146,15 +144,27 @@ def with_statistics(model: nn.Module) -> nn.Module:
     return model
 
 
-def inference_variants(network: Network, setting: str) -> dict[str, Callable[[], None]]:
-    """Inference of the same network, stock first."""
-    from torch.fx.experimental.optimization import fuse
+def variant_of(model: nn.Module, variant: str) -> nn.Module:
+    """The model as a variant runs it."""
+    name = variant.removesuffix(REUSED)
+    if name == "torch.fx fuse":
+        from torch.fx.experimental.optimization import fuse
 
-    x, model = images(network, setting), with_statistics(built(network, setting)).eval()
-    variants = {
-        "stock": model, "torch.fx fuse": fuse(model), "accelerated": accelerate(model).model, "fold": fold(model).model
-    }  # fmt: skip
-    return {name: inference(variant, x, setting) for name, variant in variants.items()}
+        fused: nn.Module = fuse(model)
+        return fused
+    if name == "fold":
+        return fold(model).model
+    return model if name == "stock" else accelerate(model, inplace=True, inplace_activations=name == "in place").model
+
+
+def prepared(what: str, network: Network, setting: str, variant: str, *, sgd: bool) -> Callable[[], None]:
+    """What is timed."""
+    if variant.endswith(REUSED):
+        reuse_memory()
+    x, model = images(network, setting), built(network, setting)
+    if what == "training":
+        return training_step(variant_of(model, variant), x, setting, sgd=sgd)
+    return inference(variant_of(with_statistics(model).eval(), variant), x, setting)
 
 
 # ---- how it is timed
@@ -162,63 +172,136 @@ def inference_variants(network: Network, setting: str) -> dict[str, Callable[[],
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds of every variant of one network in one setting, round by round."""
+    """Seconds of every variant of one network in one setting, and pages it got from the system, round by round."""
 
     network: str
     setting: str
     what: str
     seconds: dict[str, list[float]]
-    target: float
+    pages: dict[str, list[int]]
 
     def ratio(self, variant: str, to: str = "stock") -> float:
         """How many times faster than another a variant is: the median over the rounds."""
         return statistics.median(a / b for a, b in zip(self.seconds[to], self.seconds[variant], strict=True))
 
 
-def timed(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant, which run in turns, after one turn to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds + 1):
-        for name, run in variants.items():
-            start = time.perf_counter()
-            run()
-            if number > 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+class Runner:
+    """A process that runs one variant when it is told to."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, __file__, "--run", *arguments]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def cost(self) -> tuple[float, int]:
+        """Seconds and fresh pages of one more run."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write("\n")
+        stdin.flush()
+        seconds, pages = stdout.readline().split()
+        return float(seconds), int(pages)
+
+    def end(self) -> None:
+        """Let the process end."""
+        self._process.communicate()
 
 
-def measure(
-    what: str,
-    names: Sequence[str],
-    settings: Sequence[str],
-    rounds: int,
-    *,
-    sgd: bool = False,
-    batch: int | None = None,
-) -> list[Row]:
-    """Rows of training or inference, printed as they come."""
-    make = {"training": partial(training_variants, sgd=sgd), "inference": inference_variants}[what]
+def run_when_told(run: Callable[[], None]) -> None:
+    """The other end of a `Runner`."""
+    for _ in sys.stdin:
+        start, pages = time.perf_counter(), fresh_pages()
+        run()
+        print(time.perf_counter() - start, fresh_pages() - pages, flush=True)
+
+
+def fresh_pages() -> int:
+    """Of this process so far: page faults that needed no disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def timed(runners: dict[str, Runner], rounds: int, limit: float) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
+    """Seconds and pages of each variant, which run in turns, after two to warm up, for `limit` seconds, or 3 rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    pages: dict[str, list[int]] = {name: [] for name in runners}
+    for runner in (*runners.values(), *runners.values()):
+        runner.cost()
+    start = time.perf_counter()
+    for number in range(rounds):
+        if number >= 3 and time.perf_counter() - start > limit:
+            break
+        for name, runner in runners.items():
+            cost = runner.cost()
+            seconds[name].append(cost[0])
+            pages[name].append(cost[1])
+    return seconds, pages
+
+
+def measure(what: str, arguments: argparse.Namespace) -> list[Row]:
+    """Rows of training or inference, as they are measured."""
     rows = []
-    for setting in settings:
-        for name in names:
-            network = NETWORKS[name]
-            if batch is not None:
-                network = replace(network, shape=(batch, *network.shape[1:]))
-            target = network.target if what == "training" and setting == "float32" else 1.0
-            row = Row(network.label, setting, what, timed(make(network, setting), rounds), target)
-            rows.append(row)
-            print(line(row), flush=True)
+    options = [str(arguments.threads), str(arguments.batch or 0), str(int(arguments.sgd))]
+    for name in arguments.networks:
+        for setting in arguments.settings:
+            runners = {variant: Runner(what, name, setting, variant, *options) for variant in VARIANTS[what]}
+            costs = timed(runners, arguments.rounds, arguments.seconds)
+            for runner in runners.values():
+                runner.end()
+            rows.append(Row(with_batch(name, arguments.batch).label, setting, what, *costs))
+            print(cells(rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 
-def line(row: Row) -> str:
-    """A row of the table."""
-    stock = statistics.median(row.seconds["stock"])
-    ratios = [f"{variant} {row.ratio(variant):.2f}x" for variant in row.seconds if variant != "stock"]
+def with_batch(name: str, batch: int | None) -> Network:
+    """A network, with another number of images if that is wanted."""
+    network = NETWORKS[name]
+    return replace(network, shape=(batch, *network.shape[1:])) if batch else network
+
+
+# ---- tables
+
+
+def cells(row: Row) -> str:
+    """A row of a table."""
+    found = [f"{row.ratio(variant):.2f}" for variant in row.seconds if variant != "stock"]
     if "fold" in row.seconds:
-        ratios.append(f"fold to torch.fx fuse {row.ratio('fold', 'torch.fx fuse'):.2f}x")
-    wanted = f" (at least {row.target:.2f}x)" if row.what == "training" else ""
-    return f"{row.what:9}  {row.network:28}  {row.setting:13}  stock {stock:6.3f} s  {', '.join(ratios)}{wanted}"
+        found += [f"{row.ratio('fold', 'torch.fx fuse'):.2f}", f"{row.ratio('fold' + REUSED, 'torch.fx fuse'):.2f}"]
+    stock = statistics.median(row.seconds["stock"])
+    return table_row([row.network, row.setting, f"{stock:.3f} s", *found])
+
+
+def page_cells(row: Row) -> str:
+    """A row of the table of pages."""
+    return table_row([row.network, row.setting, *(f"{statistics.median(n):.0f}" for n in row.pages.values())])
+
+
+def table_row(texts: Sequence[str]) -> str:
+    """Cells as Markdown has them."""
+    return f"| {' | '.join(texts)} |"
+
+
+def tables(rows: Sequence[Row], peaks: Sequence[Peak]) -> str:
+    """All that was measured, in Markdown."""
+    parts = []
+    for what, title in (("training", "training step"), ("inference", "inference")):
+        chosen = [row for row in rows if row.what == what]
+        if chosen:
+            heads = [title, "setting", *VARIANTS[what]]
+            heads += ["fold to fuse", f"fold{REUSED} to fuse"] if what == "inference" else []
+            parts.append([table_row(heads), "|---" * len(heads) + "|", *map(cells, chosen)])
+        if chosen and what == "training":
+            heads = ["fresh pages of a step", "setting", *VARIANTS[what]]
+            parts.append([table_row(heads), "|---" * len(heads) + "|", *map(page_cells, chosen)])
+    if peaks:
+        heads = ["peak memory of training steps", *VARIANTS["memory"]]
+        parts.append([table_row(heads), "|---" * len(heads) + "|", *map(peak_cells, peaks)])
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def peak_cells(peak: Peak) -> str:
+    """A row of the table of memory."""
+    stock = peak.megabytes["stock"]
+    return table_row([peak.network, *(f"{value:.0f} MB, {value / stock:.2f}" for value in peak.megabytes.values())])
 
 
 # ---- memory
@@ -226,39 +309,37 @@ def line(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Peak:
-    """Megabytes that a training step adds to a process at its peak, by variant."""
+    """Megabytes that training steps add to a process at its peak, by variant."""
 
     network: str
     megabytes: dict[str, float]
 
 
-def peak_of_one_step(name: str, variant: str) -> float:
-    """For a fresh process: MB that a training step adds to what is there before it."""
+def peak_of_training(name: str, variant: str) -> float:
+    """For a fresh process: MB that training steps add to what is there before them."""
     network = NETWORKS[name]
-    model = built(network, "float32", activation=LEAKY)
-    if variant != "stock":
-        accelerate(model, inplace=True, inplace_activations=variant == "in place")
+    if variant.endswith(REUSED):
+        reuse_memory()
+    model = variant_of(built(network, "float32", activation=LEAKY), variant)
     step = training_step(model, images(network, "float32"), "float32")
     before = memory("VmRSS")
-    step()
+    for _ in range(MEMORY_STEPS):
+        step()
     return (memory("VmHWM") - before) / 2**20
 
 
 def measure_memory(names: Sequence[str]) -> list[Peak]:
-    """Peaks of the networks that have something to save, printed as they come."""
+    """Peaks of the networks that have something to save, as they are measured."""
     peaks = []
     for name in names:
         if name not in IN_MEMORY:
             continue
         megabytes = {}
-        for variant in MEMORY_VARIANTS:
+        for variant in VARIANTS["memory"]:
             command = [sys.executable, __file__, "--peak", name, variant]
             megabytes[variant] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        peak = Peak(f"{IN_MEMORY[name]}, {'x'.join(map(str, NETWORKS[name].shape))}", megabytes)
-        peaks.append(peak)
-        stock = megabytes["stock"]
-        parts = [f"{variant} {value:.0f} MB ({value / stock:.2f})" for variant, value in megabytes.items()]
-        print(f"memory     {peak.network}  {', '.join(parts)}", flush=True)
+        peaks.append(Peak(f"{IN_MEMORY[name]}, {'x'.join(map(str, NETWORKS[name].shape))}", megabytes))
+        print(peak_cells(peaks[-1]), file=sys.stderr, flush=True)
     return peaks
 
 
@@ -301,41 +382,58 @@ def main() -> None:
         epilog="examples:\n"
         "  python benchmarks/networks.py --json networks.json --plot networks.png\n"
         "  python benchmarks/networks.py --networks mobilenetv2 --settings float32 --rounds 9\n"
-        "  python benchmarks/networks.py --only memory\n",
+        "  python benchmarks/networks.py --only memory\n"
+        "  python benchmarks/networks.py --tables part1.json part2.json   # what several runs have measured\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME",
                         help=f"some of {', '.join(NETWORKS)} (default: all)")  # fmt: skip
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME",
                         help=f"some of {', '.join(SETTINGS)} (default: all)")  # fmt: skip
-    parser.add_argument("--only", choices=("training", "inference", "memory"), help="one part (default: all three)")
+    parser.add_argument("--only", choices=VARIANTS, help="one part (default: all three)")
     parser.add_argument("--batch", type=int, help="images of a batch (default: as the table says)")
-    parser.add_argument("--rounds", type=int, default=7, help="of each row (default: 7)")
+    parser.add_argument("--rounds", type=int, default=15, help="of each row, at most (default: 15)")
+    parser.add_argument("--seconds", type=float, default=60, help="after which a row has rounds enough (default: 60)")
     parser.add_argument("--sgd", action="store_true", help="training steps with the optimiser's")
     parser.add_argument("--threads", type=int, default=2, help="of torch and pybn (default: 2)")
     parser.add_argument("--quick", action="store_true", help="two rounds, float32 alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all seconds and megabytes there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios there")
-    parser.add_argument("--peak", nargs=2, metavar=("NAME", "VARIANT"), help=argparse.SUPPRESS)
+    parser.add_argument("--tables", type=Path, nargs="+", metavar="FILE", help="measure nothing, print what is there")
+    parser.add_argument("--run", nargs=7, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
+    if arguments.run:
+        what, name, setting, variant, threads, batch, sgd = arguments.run
+        torch.set_num_threads(int(threads))
+        run_when_told(prepared(what, with_batch(name, int(batch)), setting, variant, sgd=sgd == "1"))
+        return
     torch.set_num_threads(arguments.threads)
     if arguments.peak:
-        print(peak_of_one_step(*arguments.peak))
+        print(peak_of_training(*arguments.peak))
         return
-    rounds = 2 if arguments.quick else arguments.rounds
-    settings = ["float32"] if arguments.quick else arguments.settings
+    if arguments.quick:
+        arguments.rounds, arguments.settings = 2, ["float32"]
     about = {
         "torch": torch.__version__, "pybn": pybn.__version__, "python": platform.python_version(),
-        "threads": arguments.threads, "instruction set": pybn._core.instruction_set(), "rounds": rounds,
+        "threads": arguments.threads, "instruction set": pybn._core.instruction_set(),
     }  # fmt: skip
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    parts = [arguments.only] if arguments.only else ["training", "inference", "memory"]
-    rows = [row for what in ("training", "inference") if what in parts
-            for row in measure(what, arguments.networks, settings, rounds, sgd=arguments.sgd,
-                               batch=arguments.batch)]  # fmt: skip
-    peaks = measure_memory(arguments.networks) if "memory" in parts else []
+    rows: list[Row] = []
+    peaks: list[Peak] = []
+    if arguments.tables:
+        for file in arguments.tables:
+            earlier = json.loads(file.read_text())
+            about = earlier["about"]
+            rows += [Row(**row) for row in earlier["rows"]]
+            peaks += [Peak(**peak) for peak in earlier["peaks"]]
+    else:
+        parts = [arguments.only] if arguments.only else list(VARIANTS)
+        rows = [row for what in ("training", "inference") if what in parts for row in measure(what, arguments)]
+        peaks = measure_memory(arguments.networks) if "memory" in parts else []
+    print(", ".join(f"{name} {value}" for name, value in about.items()), end="\n\n")
+    print(tables(rows, peaks))
     if arguments.json:
         everything = {"about": about, "rows": [asdict(row) for row in rows], "peaks": [asdict(peak) for peak in peaks]}
         arguments.json.write_text(json.dumps(everything, indent=1) + "\n")

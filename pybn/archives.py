@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,9 +37,11 @@ class Archives:
     def __init__(self, files: Sequence[Path], names: Sequence[str], batch: int, *, exact: bool = False) -> None:
         self._files, self._names = list(files), list(names)
         self._parts: list[list[slice]] = []
+        self._sums: list[dict[str, int]] = []
         for file in self._files:
             with _opened(file, self._names) as archive:
                 rows = {name: archive.shape(name)[0] for name in self._names}
+                self._sums.append({name: archive.checksum(name) for name in self._names})
             if len(set(rows.values())) != 1 or 0 in rows.values():
                 raise ValueError(f"{file}: the arrays have {sorted(set(rows.values()))} rows, expected one number")
             total = rows[self._names[0]]
@@ -48,6 +51,10 @@ class Archives:
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))
+
+    def fingerprint(self) -> str:
+        """Differs for other values (whose checksums the files have in their tables), and for other batches."""
+        return hashlib.sha256(repr((self._sums, self._parts)).encode()).hexdigest()
 
     @property
     def rows(self) -> int:
@@ -111,6 +118,9 @@ class _opened:
         if dtype.hasobject or not shape or (is_fortran and len(shape) > 1):
             raise ValueError(f"{self._file}: array {name!r} is not one of numbers with rows in C order")
         self._headers[name] = shape, dtype
+
+    def checksum(self, name: str) -> int:
+        return self._zip.getinfo(f"{name}.npy").CRC
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._headers[name][0]

@@ -117,6 +117,7 @@ class OnnxLinears:
         self._find(after)
         require_all(after, self.outputs, self.left)
         self.names = list(self.outputs)
+        self.optional: Collection[str] = ()
 
     def _find(self, after: Collection[str] | None) -> None:
         from pybn.folding import files

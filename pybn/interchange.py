@@ -257,7 +257,12 @@ def _dimensions() -> tuple[type[Any], ...]:
 
 def _torch_class(torch: Any, kind: type[Any]) -> Any:
     """Torch's class for a layer of ours, or one derived from it."""
-    (ours,) = (layer for layer in _dimensions() if issubclass(kind, layer))
+    ours = next((layer for layer in _dimensions() if issubclass(kind, layer)), None)
+    if ours is None:
+        raise TypeError(
+            f"{kind.__name__} has no counterpart in torch.nn, expected a BatchNorm: make the layer of this name of "
+            "pybn.torch, or of pybn, and load the state dict"
+        )
     return getattr(torch.nn, ours.__name__)
 
 

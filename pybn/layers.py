@@ -15,6 +15,8 @@ from pybn import _arrays
 from pybn._arrays import Array
 from pybn.functional import Gradients, batch_norm_backward, forward
 
+Observer = Callable[[Array, "int | None"], None]  # what arrives at a layer, and at which step if it is of a sequence
+
 NO_CALL_BEFORE = "backward needs a forward call before it, and each forward call serves one backward pass"
 
 if TYPE_CHECKING:
@@ -108,7 +110,7 @@ class _BatchNorm:
         self.weight_grad: Array | None = None
         self.bias_grad: Array | None = None
         self._saved: Any = None  # what `_gradients` needs of the last call
-        self._observer: Callable[[Array], None] | None = None  # told of inputs while statistics are re-estimated
+        self._observer: Observer | None = None  # told of inputs while statistics are re-estimated
         self._lock = threading.RLock()  # reentrant: a signal handler may call the layer that it interrupts
         _layers.add(self)
 
@@ -117,7 +119,7 @@ class _BatchNorm:
         x = _arrays.as_data_array("x", x)
         self._check_shape(x.shape)
         if self._observer is not None:
-            self._observer(x)
+            self._observer(x, None)
         if not self.training or self.frozen:
             return self._evaluate(x, residual, out)
         with self._lock:

@@ -18,8 +18,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+import pickle
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -29,7 +31,9 @@ import numpy as np
 
 from pybn._arrays import Array
 from pybn._merge import Moments, merge, moments
-from pybn.layers import _BatchNorm
+from pybn._one_thread import one_thread
+from pybn.layers import Observer, _BatchNorm
+from pybn.sequence import SequenceBatchNorm, name_of_step, names_of_steps, population
 
 Observe = Callable[[str, Array, int], None]  # a batch norm's name, what arrives there, its channel axis
 Progress = Callable[[int, "int | None"], None]  # batches done, and those of all, if that is known
@@ -40,6 +44,7 @@ class Subject(Protocol):
     """A model whose batch norms are to be re-estimated. It can be pickled."""
 
     names: list[str]
+    optional: Collection[str]  # of the names, those at which no values need arrive: steps of sequences
     left: dict[str, str]  # what would have been one of them, and why it is not
 
     def running(self, observe: Observe) -> contextlib.AbstractContextManager[Callable[[Any], None]]:
@@ -53,7 +58,7 @@ class Subject(Protocol):
         ...
 
     def finish(self, statistics: Mapping[str, Moments]) -> Any:
-        """The model with these population statistics."""
+        """The model with these population statistics. It is as it was after an error."""
         ...
 
 
@@ -66,7 +71,8 @@ class Population:
     model : the model
         With the new statistics: the layers or module given, changed, or for ONNX a new ModelProto.
     statistics : dict from str to Moments
-        ``count``, ``mean`` and ``var`` (biased) in float64 by the name of the batch norm.
+        ``count``, ``mean`` and ``var`` (biased) in float64 by the name of the batch norm; for a `SequenceBatchNorm`
+        by ``name[0]``, ``name[1]``, ..., of every step at which there were values.
     batches : int
         How many batches there were, or partitions.
     left : dict from str to str
@@ -106,7 +112,8 @@ def reestimate(
         Runs a batch through the network that the layers, or the module, are part of. Needed for several layers.
     partitions : sequence of callables, instead of data
         Each returns an iterable of batches. Their statistics are merged in the order of the sequence, whoever computed
-        them and whenever, so that the result has the same bits here and on a cluster.
+        them and whenever, and torch and NumPy's BLAS run them on one thread each, as their sums depend on how many
+        there are: the result has the same bits here and on a cluster.
     client : dask.distributed.Client, optional
         Computes partitions on a cluster. Model, `forward` and partitions are sent there; those of a worker that is lost
         are computed again by another.
@@ -143,8 +150,12 @@ def populate(
     state: str | os.PathLike[str] | None,
     save_every: int,
     progress: Progress | None,
+    data_is: str = "",
 ) -> Population:
-    """Run the data through a model, and finish it with the statistics of what arrived. See `reestimate`."""
+    """Run the data through a model, and finish it with the statistics of what arrived. See `reestimate`.
+
+    A state of data with another `data_is` is refused.
+    """
     if (data is None) == (partitions is None):
         raise TypeError("expected either data or partitions")
     if client is not None and partitions is None:
@@ -153,17 +164,19 @@ def populate(
         raise ValueError(f"save_every is {save_every}, expected at least 1")
     if partitions is None:
         assert data is not None
-        kept = _State(subject, state, "batches")
+        kept = _State(subject, state, "batches", data_is)
         statistics = _over_batches(subject, data, kept, save_every, progress)
     else:
-        kept = _State(subject, state, f"{len(partitions)} partitions")
+        kept = _State(subject, state, f"{len(partitions)} partitions", data_is)
         statistics = _over_partitions(subject, partitions, client, kept, save_every, progress)
-    empty = [name for name in subject.names if not statistics[name].count]
+    empty = [name for name in subject.names if not statistics[name].count and name not in subject.optional]
     if empty:
         raise ValueError(f"no values arrived at {', '.join(empty[:8])}, expected some in data")
     model = subject.finish(statistics)
     kept.remove()
-    return Population(model, statistics, kept.done, subject.left)
+    return Population(
+        model, {name: found for name, found in statistics.items() if found.count}, kept.done, subject.left
+    )
 
 
 def subject_of(model: Any, forward: Callable[[Any], Any] | None) -> Subject:
@@ -208,7 +221,7 @@ def nothing_yet(subject: Subject) -> dict[str, Moments]:
 def of_partition(subject: Subject, partition: Partition) -> dict[str, Moments]:
     """The moments of all batches of one partition: what a worker computes."""
     collector = Collector(nothing_yet(subject))
-    with subject.running(collector.observe) as run:
+    with one_thread(), subject.running(collector.observe) as run:
         for batch in partition():
             run(batch)
     return collector.statistics
@@ -218,7 +231,8 @@ def _over_batches(
     subject: Subject, data: Iterable[Any], kept: _State, save_every: int, progress: Progress | None
 ) -> dict[str, Moments]:
     collector = Collector(kept.parts[0] if kept.parts else nothing_yet(subject))
-    total = len(data) if isinstance(data, Sized) else None
+    hint = operator.length_hint(data, -1)  # not len: a DataLoader may have one that raises a TypeError
+    total = hint if hint >= 0 else None
     with subject.running(collector.observe) as run:
         for batch in islice(data, kept.done, None):
             run(batch)
@@ -254,8 +268,11 @@ def _over_partitions(
 
 def _on_cluster(client: Any, subject: Subject, partitions: Sequence[Partition]) -> Iterator[dict[str, Moments]]:
     """The partitions' moments in order. A task that a lost worker had is computed again: it depends on nothing else."""
-    model = client.scatter(subject, broadcast=True, hash=False)
-    tasks = [client.submit(of_partition, model, partition, pure=False) for partition in partitions]
+    import cloudpickle  # with distributed; knows the functions and classes of a notebook, too
+
+    # As bytes, because the tasks that run in the threads of one worker at once need a model each.
+    model = client.scatter(cloudpickle.dumps(subject), broadcast=True, hash=False)
+    tasks = [client.submit(_on_worker, model, partition, pure=False) for partition in partitions]
     try:
         for task in tasks:
             yield task.result()
@@ -263,15 +280,19 @@ def _on_cluster(client: Any, subject: Subject, partitions: Sequence[Partition]) 
         client.cancel(tasks)
 
 
+def _on_worker(subject: bytes, partition: Partition) -> dict[str, Moments]:
+    return of_partition(pickle.loads(subject), partition)
+
+
 class _State:
     """How far the work is: the moments of what is done, in memory and, if there is a path, in a file."""
 
-    def __init__(self, subject: Subject, path: str | os.PathLike[str] | None, kind: str) -> None:
+    def __init__(self, subject: Subject, path: str | os.PathLike[str] | None, kind: str, data_is: str) -> None:
         self.path = None if path is None else Path(path)
         self.done = 0
         self.parts: list[dict[str, Moments]] = []
         self._names = subject.names
-        self._head = {"format": 1, "kind": kind, "names": subject.names, "model": ""}
+        self._head = {"format": 1, "kind": kind, "names": subject.names, "model": "", "data": data_is}
         if self.path is not None:
             self._head["model"] = subject.fingerprint()
             if self.path.exists():
@@ -331,6 +352,7 @@ class Layers:
     """Layers of pybn, and what runs a batch through them."""
 
     def __init__(self, layers: Any, forward: Callable[[Any], Any] | None) -> None:
+        self._given = layers
         if isinstance(layers, _BatchNorm):
             self._layers = {type(layers).__name__: layers}
             forward = layers if forward is None else forward
@@ -345,12 +367,18 @@ class Layers:
         for name, layer in self._layers.items():
             if not isinstance(layer, _BatchNorm):
                 raise TypeError(f"layer {name!r} is a {type(layer).__name__}, expected a batch norm of pybn")
-            if layer.running_mean is None or layer.running_mean.ndim != 1:
-                raise ValueError(f"layer {name!r} is a {type(layer).__name__} without running statistics (C,)")
+            if layer.running_mean is None:
+                raise ValueError(f"layer {name!r} is a {type(layer).__name__} without running statistics")
         if forward is None:
             raise TypeError("forward is None, expected what runs a batch through a network of several layers")
         self._forward = forward
-        self.names = list(self._layers)
+        steps = {
+            name: names_of_steps(name, layer.max_steps)
+            for name, layer in self._layers.items()
+            if isinstance(layer, SequenceBatchNorm)
+        }
+        self.names = [part for name in self._layers for part in steps.get(name, [name])]
+        self.optional: Collection[str] = {part for parts in steps.values() for part in parts}
         self.left: dict[str, str] = {}
 
     @contextlib.contextmanager
@@ -361,7 +389,8 @@ class Layers:
         try:
             for name, layer in self._layers.items():
                 layer.train().unfreeze()
-                layer._observer = lambda x, name=name, axis=layer.channel_axis: observe(name, x, axis)
+                layer.momentum = 1.0  # a step of sequences may use an earlier step's statistics: the batch's own
+                layer._observer = observer(observe, name, layer.channel_axis)
             yield self._run
         finally:
             for name, layer in self._layers.items():
@@ -382,9 +411,25 @@ class Layers:
 
     def finish(self, statistics: Mapping[str, Moments]) -> Any:
         """See `Subject`."""
-        for name, layer in self._layers.items():
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
-            layer.running_mean[...] = statistics[name].mean
-            layer.running_var[...] = statistics[name].var
-        return self._layers if len(self._layers) > 1 else next(iter(self._layers.values()))
+        before = {name: layer.state_dict() for name, layer in self._layers.items()}
+        try:
+            for name, layer in self._layers.items():
+                layer.load_state_dict({**before[name], **_statistics_of(layer, name, statistics)})
+        except BaseException:
+            for name, layer in self._layers.items():
+                layer.load_state_dict(before[name])
+            raise
+        return self._given
+
+
+def observer(observe: Observe, name: str, channel_axis: int) -> Observer:
+    """What a layer that has a name in the network tells of its inputs."""
+    return lambda x, step: observe(name if step is None else name_of_step(name, step), x, channel_axis)
+
+
+def _statistics_of(layer: _BatchNorm, name: str, statistics: Mapping[str, Moments]) -> dict[str, Array]:
+    """What changes in the layer's state."""
+    if isinstance(layer, SequenceBatchNorm):
+        assert layer.num_batches_tracked is not None
+        return population(name, statistics, layer.num_batches_tracked)
+    return {"running_mean": statistics[name].mean, "running_var": statistics[name].var}

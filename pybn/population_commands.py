@@ -190,8 +190,9 @@ def _populate(
             require_fit(info, np.broadcast_to(np.zeros((), dtype), shape), data[0])
         with fold_commands._bar("running", hidden=quiet) as told:
             found = populate(
-                subject, archives, None, None, state, 10, lambda done, total: told(done, total or len(archives))
-            )
+                subject, archives, None, None, state, 10, lambda done, _: told(done, len(archives)),
+                data_is=archives.fingerprint(),
+            )  # fmt: skip
     except ValueError as error:  # of the data, the state, and the runtime's CheckError
         raise fold_commands.Failed(f"{error}; nothing was written") from error
     return found, archives

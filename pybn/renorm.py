@@ -100,6 +100,8 @@ class BatchRenorm(_BatchNorm):
         self.dmax = dmax
 
     def _train(self, x: Array, residual: npt.ArrayLike | None, out: Array | None) -> Array:
+        if self._observer is not None:  # running statistics, which are being replaced, correct nothing: batch norm
+            return super()._train(x, residual, out)
         running_mean, running_var, counter = self.running_mean, self.running_var, self.num_batches_tracked
         assert running_mean is not None
         assert running_var is not None
@@ -115,9 +117,7 @@ class BatchRenorm(_BatchNorm):
         mean, var, count = batch_norm_stats(x, channel_axis=axis)
         if count == 0:  # an empty batch tells nothing
             mean, var = running_mean.astype(np.float64), running_var.astype(np.float64)
-        running_std = np.sqrt(running_var.astype(np.float64) + self.eps)
-        r = np.clip(np.sqrt(var + self.eps) / running_std, 1 / rmax, rmax)
-        d = np.clip((mean - running_mean) / running_std, -dmax, dmax)
+        r, d = corrections(mean, var, running_mean, running_var, self.eps, rmax, dmax)
         weight = np.ones(self.num_features) if self.weight is None else self.weight.astype(np.float64)
         bias = np.zeros(self.num_features) if self.bias is None else self.bias.astype(np.float64)
         y, saved = apply(
@@ -147,6 +147,16 @@ class BatchRenorm(_BatchNorm):
     def _arguments(self) -> list[str]:
         channels, eps, momentum, affine, _ = super()._arguments()
         return [channels, eps, momentum, affine, f"rmax={self.rmax}", f"dmax={self.dmax}"]
+
+
+def corrections(
+    mean: Array, var: Array, running_mean: Array, running_var: Array, eps: float, rmax: float, dmax: float
+) -> tuple[Array, Array]:
+    """Return r and d of every channel, float64."""
+    running_std = np.sqrt(running_var.astype(np.float64) + eps)
+    r = np.clip(np.sqrt(var + eps) / running_std, 1 / rmax, rmax)
+    d = np.clip((mean - running_mean) / running_std, -dmax, dmax)
+    return r, d
 
 
 def value_of(name: str, schedule: Schedule, batches: int, *, least: float) -> float:

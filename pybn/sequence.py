@@ -5,6 +5,7 @@ Cooijmans, Ballas, Laurent, Gulcehre, Courville, "Recurrent Batch Normalization"
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from pybn import _arrays, _core
 from pybn._arrays import Array
+from pybn._merge import Moments
 from pybn.functional import Gradients, Saved, apply, batch_norm_backward, forward, require_finite
 from pybn.layers import NO_CALL_BEFORE, _BatchNorm
 
@@ -248,6 +250,11 @@ class SequenceBatchNorm(_BatchNorm):
             by_running = [block for block, size in zip(blocks, sizes, strict=True) if size == 1]
         else:
             by_batch, by_running = [], blocks
+        if self._observer is not None:
+            if first == 0:  # so that a sequence that is left alone uses an earlier step of these, not of any before
+                self.reset_running_stats()
+            for step, values in arrivals(blocks, x, first, self.max_steps):
+                self._observer(values, step)
         y = _core.empty_like(x) if out is None else out
         # Copies, so that an error or an interrupt leaves the layer as it was.
         assert self.running_mean is not None
@@ -382,3 +389,40 @@ def rows_of(seen: Array, steps: Array) -> Array:
         return np.minimum(steps, len(seen) - 1)
     found: Array = known[np.maximum(np.searchsorted(known, steps, side="right") - 1, 0)]
     return found
+
+
+# ---- re-estimated statistics, see pybn.population
+
+
+def arrivals(blocks: list[_Block], x: Array, first: int, max_steps: int) -> Iterator[tuple[int, Array]]:
+    """The values at every step that has running statistics, as (n, C)."""
+    for block in blocks:
+        for step in range(block.begin, min(block.end, max_steps - first)):
+            yield first + step, x[(block.rows, step) if block.is_last else (block.rows, slice(None), step)]
+
+
+def name_of_step(name: str, step: int) -> str:
+    """What the statistics of a step are called, in a network in which the layer has a name."""
+    return f"{name}[{step}]"
+
+
+def names_of_steps(name: str, max_steps: int) -> list[str]:
+    """Of all steps that have running statistics."""
+    return [name_of_step(name, step) for step in range(max_steps)]
+
+
+def population(name: str, statistics: Mapping[str, Moments], counter: Array) -> dict[str, Array]:
+    """The state that has these statistics; a step with fewer than two values is one that was never seen.
+
+    Raises ValueError if all are.
+    """
+    found = [statistics[step] for step in names_of_steps(name, len(counter))]
+    known = np.array([moments.count > 1 for moments in found])
+    if not known.any():
+        raise ValueError(f"no values arrived at {name}, expected two at least at some step")
+    features = max(len(moments.mean) for moments in found)
+    mean, var = np.zeros((len(counter), features)), np.ones((len(counter), features))
+    for step in np.flatnonzero(known):
+        mean[step], var[step] = found[step].mean, found[step].var
+    seen = np.where(known, np.maximum(counter, 1), 0)
+    return {"running_mean": mean, "running_var": var, "num_batches_tracked": seen}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ class OnnxModel:
             raise TypeError(f"model is a {type(model).__name__}, expected a path or an onnx.ModelProto")
         self.batch_norms, self.left = _batch_norms(files.to_ir(self.proto, self.folder))
         self.names = [batch_norm.name for batch_norm in self.batch_norms]
+        self.optional: Collection[str] = ()
         self._stages = _stages(self.proto, self.batch_norms)
 
     @contextlib.contextmanager

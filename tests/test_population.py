@@ -75,6 +75,58 @@ def test_a_later_batch_norm_sees_what_batch_statistics_make_of_the_earlier_one(r
     np.testing.assert_allclose(network.second.running_var, var, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: pybn.GhostBatchNorm(4, 3, dtype=np.float64),
+        lambda: pybn.BatchRenorm(4, rmax=3, dmax=5, dtype=np.float64),
+    ],
+    ids=["ghost", "renorm"],
+)
+def test_a_member_s_stale_statistics_play_no_part_in_what_arrives_after_it(rng, make, tmp_path):
+    """Batch renorm corrects by running statistics in training, but not while those are replaced."""
+    data = batches_of(rng, features=4)
+    found = []
+    for stale in (False, True):
+        first, second = make(), pybn.BatchNorm1d(4, dtype=np.float64)
+        if stale:
+            first.running_mean[...], first.running_var[...], first.num_batches_tracked[...] = 77, 0.1, 10_000
+        layers = {"first": first, "second": second}
+        pybn.reestimate(layers, data, forward=lambda x, first=first, second=second: second(np.abs(first(x))))
+        mean, var = reference.stats(np.concatenate(data))
+        np.testing.assert_allclose(first.running_mean, mean, rtol=1e-12)
+        np.testing.assert_allclose(first.running_var, var, rtol=1e-12)
+        assert first.num_batches_tracked == 10_000 * stale
+        found.append(second.state_dict())
+    for key, value in found[0].items():
+        assert_same_bits(value, found[1][key], key)
+    if make().__class__ is pybn.BatchRenorm:  # it normalizes as batch norm does
+        arrived = np.concatenate([np.abs(reference.normalize(x, *reference.stats(x))) for x in data])
+        np.testing.assert_allclose(found[0]["running_mean"], arrived.mean(0), rtol=1e-12)
+
+
+def test_an_iterable_whose_length_is_not_known_has_no_total(rng):
+    class Stream:
+        def __iter__(self):
+            return iter(batches_of(rng))
+
+        def __len__(self):
+            raise TypeError("as a DataLoader of an IterableDataset does")
+
+    totals = set()
+    pybn.reestimate(pybn.BatchNorm1d(6), Stream(), progress=lambda done, total: totals.add(total))
+    pybn.reestimate(pybn.BatchNorm1d(6), batches_of(rng), progress=lambda done, total: totals.add(total))
+    assert totals == {None, 5}
+
+
+def test_statistics_that_overflow_change_no_layer(rng):
+    first, second = pybn.BatchNorm1d(6), pybn.BatchNorm1d(6)
+    batch = rng.standard_normal((5, 6), dtype=np.float32)
+    with pytest.raises(ValueError, match="running_var has values that overflow float32"):
+        pybn.reestimate([first, second], [batch], forward=lambda x: (first(x), second(x * np.float32(1e30))))
+    assert not first.running_mean.any()
+
+
 def test_nothing_but_the_running_statistics_changes(rng):
     network, data = Network(rng), batches_of(rng)
     network.first.eval()
@@ -206,7 +258,7 @@ def test_what_is_wrong_is_said(rng):
         (lambda: pybn.reestimate(3, data), TypeError, "model is a int, expected layers"),
         (lambda: pybn.reestimate([], data, forward=network), ValueError, "no batch norm"),
         (lambda: pybn.reestimate(without, data), ValueError, "without running statistics"),
-        (lambda: pybn.reestimate(pybn.SequenceBatchNorm(6, 2), data), ValueError, "without running statistics"),
+        (lambda: pybn.reestimate(pybn.VirtualBatchNorm(6), data), ValueError, "without running statistics"),
         (lambda: pybn.reestimate(layer, []), ValueError, "no values arrived at BatchNorm1d"),
         (lambda: pybn.reestimate(layer, partitions=[]), ValueError, "no values arrived at BatchNorm1d"),
     ]:

@@ -302,3 +302,115 @@ def test_what_is_wrong_is_said_and_changes_nothing(rng):
             call()
     for name, value in layer.state_dict().items():
         assert_same_bits(value, before[name], name)
+
+
+def ragged(rng, channel_axis, sizes=((6, 5, 5, 2), (3, 6, 1), (7, 7, 7, 4, 1))):
+    """Batches of sequences of unequal lengths, whose steps differ, in float64."""
+    for lengths in sizes:
+        shape = (len(lengths), 4, max(lengths))
+        yield sequences(rng, shape, np.float64, channel_axis) * len(lengths), np.array(lengths)
+
+
+def at_steps(batches, channel_axis):
+    """All values that arrive at every step, put together."""
+    found = {}
+    for x, lengths in batches:
+        for sequence, length in zip(np.moveaxis(x, channel_axis, -1), lengths, strict=True):
+            for step in range(length):
+                found.setdefault(step, []).append(sequence[step])
+    return {step: np.array(values) for step, values in found.items()}
+
+
+@pytest.mark.parametrize("as_mask", [False, True])
+@both_layouts
+def test_reestimated_statistics_of_a_step_are_those_of_all_sequences_that_reach_it(rng, channel_axis, as_mask):
+    layer = trained(rng, max_steps=9, channel_axis=channel_axis, dtype=np.float64)
+    batches = list(ragged(rng, channel_axis))
+    layer(sequences(rng, (3, 4, 9), np.float64, channel_axis))  # what it knew before plays no part
+
+    def forward(batch):
+        x, lengths = batch
+        there = np.arange(x.shape[layer._time_axis]) < lengths[:, None]
+        layer(
+            np.where(np.expand_dims(there, channel_axis % 3), x, np.nan),
+            **{"mask": there} if as_mask else {"lengths": lengths},
+        )
+
+    found = pybn.reestimate({"norm": layer}, batches, forward=forward)
+    expected = at_steps(batches, channel_axis)
+    assert list(found.statistics) == [f"norm[{step}]" for step in range(7)]
+    for step, values in expected.items():
+        assert found.statistics[f"norm[{step}]"].count == len(values)
+        np.testing.assert_allclose(layer.running_mean[step], values.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(layer.running_var[step], values.var(0), rtol=1e-12)
+    assert layer.num_batches_tracked.tolist() == [1] * 7 + [0, 0], "steps beyond are as if never seen"
+    beyond = sequences(rng, (2, 4, 9), np.float64, channel_axis)
+    at = (lambda a, t: a[:, :, t]) if channel_axis == 1 else (lambda a, t: a[:, t])
+    mean, var = layer.running_mean[6], layer.running_var[6]
+    expected_y = (at(beyond, 8) - mean) / np.sqrt(var + layer.eps) * layer.weight + layer.bias
+    assert_close(at(layer.eval()(beyond), 8), expected_y, np.float64)
+
+
+def test_a_step_that_one_sequence_reaches_in_the_whole_data_set_has_no_statistics(rng):
+    layer = trained(rng, dtype=np.float64)
+    data = [(sequences(rng, (3, 4, 5), np.float64), [5, 3, 3]), (sequences(rng, (2, 4, 4), np.float64), [4, 2])]
+    found = pybn.reestimate([layer], data, forward=lambda batch: layer(batch[0], lengths=batch[1]))
+    assert [found.statistics[f"0[{step}]"].count for step in range(5)] == [5, 5, 4, 2, 1]
+    assert layer.num_batches_tracked.tolist() == [1, 1, 1, 1, 0, 0, 0]
+    assert np.all(layer.running_var[4:] == 1)
+
+
+class Recurrent:
+    """Steps of a recurrence, and a batch norm after it."""
+
+    def __init__(self, rng):
+        self.inputs, self.recurrent = (rng.standard_normal((4, 4)) for _ in range(2))
+        self.norm = pybn.SequenceBatchNorm(4, 5, channel_axis=-1, dtype=np.float64)
+        self.last = pybn.BatchNorm1d(4, dtype=np.float64)
+        self.layers = {"norm": self.norm, "last": self.last}
+
+    def __call__(self, batch):
+        x, lengths = batch
+        hidden = np.zeros((len(x), 4))
+        for step in range(x.shape[1]):
+            there = step < lengths
+            normalized = self.norm(hidden @ self.recurrent + x[:, step] @ self.inputs, step=step, mask=there)
+            hidden = np.where(there[:, None], np.tanh(normalized), hidden)
+        return self.last(hidden)
+
+
+def test_a_recurrence_is_reestimated_step_by_step_and_goes_on_where_it_ended_with_the_same_bits(rng, tmp_path):
+    one, other, stale = (Recurrent(np.random.default_rng(3)) for _ in range(3))
+    batches = list(ragged(rng, -1, ((5, 5, 2), (3, 1, 1, 1), (2, 5, 5))))  # later steps of the second have one sequence
+    stale.norm(rng.standard_normal((4, 5, 4)) * 100)
+    found = pybn.reestimate(one.layers, batches, forward=one)
+
+    def failing():
+        yield from batches[:2]
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        pybn.reestimate(other.layers, failing(), forward=other, state=tmp_path / "s.npz", save_every=1)
+    assert not other.norm.num_batches_tracked.any(), "nothing has changed"
+    pybn.reestimate(other.layers, batches, forward=other, state=tmp_path / "s.npz")
+    again = pybn.reestimate(stale.layers, iter(batches), forward=stale)
+    for network in (other, stale):
+        assert_same_bits(network.norm.running_var, one.norm.running_var)
+        assert_same_bits(network.last.running_mean, one.last.running_mean)
+    assert [found.statistics[f"norm[{step}]"].count for step in range(5)] == [10, 7, 5, 4, 4]
+    assert again.statistics["last"].count == 10
+    first = np.concatenate([x[:, 0] @ one.inputs for x, _ in batches])
+    np.testing.assert_allclose(one.norm.running_mean[0], first.mean(0), rtol=1e-12)
+
+
+def test_no_values_at_any_step_is_an_error_that_changes_nothing(rng):
+    layer = trained(rng)
+    layer(sequences(rng, (5, 4, 7)))
+    before = layer.state_dict()
+    for data in ([], [np.zeros((0, 4, 7), np.float32)]):
+        with pytest.raises(
+            ValueError, match="no values arrived at SequenceBatchNorm, expected two at least at some step"
+        ):
+            pybn.reestimate(layer, data)
+    for name, value in layer.state_dict().items():
+        assert_same_bits(value, before[name], name)

@@ -3,7 +3,7 @@
 Reading order: kernels (tensors and the C++ core), functional (the operation), operators (the same for torch.compile and
 torch.export), modules (the layers), inplace (a layer that overwrites its input), distributed (a layer over several
 processes), variants (layers with other statistics, and freezing), population and insertion (`pybn.reestimate` and
-`pybn.insert` of modules).
+`pybn.insert` of modules), memory (what a process keeps).
 
 For whole models: epilogues (what follows a norm in a trace), forwards (when a trace may be run), accelerate (all of
 it); fold_trace (what flows in a model), fold_rules (how maps pass its operators), fold_layers (what they do to
@@ -16,6 +16,7 @@ from pybn.torch.distributed import SyncBatchNorm, convert_sync_batchnorm, revert
 from pybn.torch.fold import FoldResult, fold, unfold
 from pybn.torch.functional import batch_norm
 from pybn.torch.inplace import InPlaceABN
+from pybn.torch.memory import reuse_memory
 from pybn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from pybn.torch.variants import (
     BatchRenorm,
@@ -44,6 +45,7 @@ __all__ = [
     "fold",
     "freeze",
     "restore",
+    "reuse_memory",
     "revert_sync_batchnorm",
     "unfold",
     "unfreeze",

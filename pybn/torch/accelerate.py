@@ -26,7 +26,7 @@ from pybn.torch import kernels, modules
 from pybn.torch.epilogues import fuse
 from pybn.torch.forwards import FusedForward, Untraceable, trace
 from pybn.torch.functional import normalize
-from pybn.torch.inplace import Statistics, is_overwritable
+from pybn.torch.inplace import is_overwritable
 from pybn.torch.inplace import overwrite as overwrite_
 
 
@@ -176,7 +176,7 @@ class AcceleratedLayer(_BatchNorm):
     ) -> Tensor:
         """activation(norm(input) + residual), where the residual is whatever can be added; see `overwrite`."""
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        statistics, weight, bias = Statistics.of(self), self.weight, self.bias
+        weight, bias, statistics = modules.state_of(self)
         if overwrite and is_overwritable(input, weight, bias):
             return overwrite_(input, statistics, weight, bias, self.eps, activation, negative_slope)
         mean, var, counter, training, momentum = statistics

@@ -19,7 +19,8 @@ from pybn import _arrays, _synchronized
 from pybn._arrays import Array
 from pybn._exchange import Direction, Exchange, absence, loss
 from pybn._synchronized import GIVES_SUMS, NOTHING, WANTS_SUMS
-from pybn.torch.modules import _BatchNorm
+from pybn.torch.inplace import InPlaceABN
+from pybn.torch.modules import Activated, _BatchNorm, state_of
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -157,10 +158,7 @@ class _Synchronize(torch.autograd.Function):
         intention: int,
     ) -> Tensor:
         what = f"SyncBatchNorm({layer.num_features})"
-        counter, running = layer.num_batches_tracked, (layer.running_mean, layer.running_var)
-        momentum = layer.momentum
-        if momentum is None:
-            momentum = 0.0 if counter is None else 1 / (int(counter) + 1)
+        _, _, (*running, counter, _, momentum) = state_of(layer)
         new_mean, new_var = (None if r is None else r.detach().double().clone().numpy() for r in running)
         with Exchange(transport, what, Direction.forward, layer._calls) as exchange:
             layer._check_input_dim(input)
@@ -207,27 +205,41 @@ def convert_sync_batchnorm(
 ) -> torch.nn.Module:
     """Replace every batch norm in `module` by a `SyncBatchNorm` that shares its parameters and buffers.
 
-    Torch's layers and pybn's alike, with their activations; hooks, training flags and names stay. A layer that occurs
-    twice is one layer afterwards, too. `revert_sync_batchnorm` undoes it.
+    Torch's layers and pybn's alike, with their activations (those of `InPlaceABN` are not in place then); hooks,
+    training flags and names stay. A layer that occurs twice is one layer afterwards, too. `revert_sync_batchnorm`
+    undoes it.
 
     Returns
     -------
     torch.nn.Module
         `module`, changed in place; if it is a batch norm itself, the new layer.
+
+    Raises
+    ------
+    ValueError
+        If a layer has not seen data yet, or has statistics that are not those of its batch, such as `GhostBatchNorm`.
+        Nothing has changed then.
     """
 
     def convert(layer: torch.nn.Module) -> torch.nn.Module:
         if not isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) or isinstance(layer, SyncBatchNorm):
             return layer
-        if isinstance(layer, torch.nn.modules.lazy.LazyModuleMixin):
-            raise ValueError(f"{layer} has not seen data yet, expected a batch norm that knows its number of features")
-        fused = isinstance(layer, _BatchNorm)
-        twin = SyncBatchNorm.from_torch(layer, *((layer.activation, layer.negative_slope) if fused else ()))
+        activated = isinstance(layer, Activated)
+        twin = SyncBatchNorm.from_torch(layer, *((layer.activation, layer.negative_slope) if activated else ()))
         twin._join(process_group, timeout)
         twin._plain_class = type(layer)
         return twin
 
+    for layer in module.modules():
+        _require_convertible(layer)
     return _replace(module, convert, {})
+
+
+def _require_convertible(layer: torch.nn.Module) -> None:
+    if isinstance(layer, torch.nn.modules.batchnorm._LazyNormBase):
+        raise ValueError(f"{layer} has not seen data yet, expected a batch norm that knows its number of features")
+    if isinstance(layer, Activated) and not isinstance(layer, (_BatchNorm, InPlaceABN)):
+        raise ValueError(f"{layer} has statistics of another kind, expected batch norms with those of the batch")
 
 
 def revert_sync_batchnorm(module: torch.nn.Module) -> torch.nn.Module:
@@ -241,7 +253,7 @@ def revert_sync_batchnorm(module: torch.nn.Module) -> torch.nn.Module:
             return layer
         twin: torch.nn.Module = layer._plain_class.__new__(layer._plain_class)
         alien = ["process_group", "timeout", "_calls", "_plain_class"]
-        if not isinstance(twin, _BatchNorm):
+        if not isinstance(twin, Activated):
             alien += ["activation", "negative_slope"]
         for name, value in vars(layer).items():
             if name not in alien:

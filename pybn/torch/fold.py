@@ -70,7 +70,7 @@ def fold(
         Names of batch norms that are not to be folded, or of layers that are not to absorb one.
     accelerated : bool
         Let pybn's layers compute the batch norms that stay, together with the sums and activations behind them, as
-        `pybn.torch.accelerate` does. Leave it out for a result of torch's own layers, such as for ONNX.
+        `pybn.torch.accelerate` does. Leave it out for a result of torch's own layers.
     reversible : bool
         Keep the original parameters and batch norms, so that `unfold` can restore them. They are in the attribute
         ``_pybn_before_fold`` of the result, which copies and pickles carry and state dicts do not.

@@ -86,13 +86,16 @@ def normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-    momentum: float,
+    momentum: float | Tensor,
     eps: float,
     activation: str | None,
     negative_slope: float,
     residual: Tensor | None,
 ) -> Tensor:
-    """`batch_norm`, which raises `counter`, an int64 tensor of shape (), together with the running statistics."""
+    """`batch_norm`, which raises `counter`, an int64 tensor of shape (), together with the running statistics.
+
+    The momentum is a tensor where it is the average of all batches and a graph is made of the call.
+    """
     index = kernels.activation_index(activation)
     if kernels.is_eager():
         act = (index, negative_slope)
@@ -121,7 +124,7 @@ def _normalize_unusual(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-    momentum: float,
+    momentum: float | Tensor,
     eps: float,
     activation: str | None,
     negative_slope: float,
@@ -137,10 +140,12 @@ def _normalize_unusual(
         and (residual is None or residual.dtype == x.dtype)
     )
     if fits and not kernels.is_eager():
-        return operators.normalize(
-            x, running_mean, running_var, weight, bias, training, momentum, eps, activation, negative_slope, residual
-        )
-    if fits and type(x) in (Tensor, torch.nn.Parameter):
+        if not torch.onnx.is_in_onnx_export():  # which knows torch's operators only
+            return operators.normalize(
+                x, running_mean, running_var, weight, bias, training, momentum, eps, activation, negative_slope,
+                residual,
+            )  # fmt: skip
+    elif fits and type(x) in (Tensor, torch.nn.Parameter):
         source, w, b, summand = kernels.convert(x, weight, bias, residual)
         mean, var = (None if s is None else kernels.full_precision(s) for s in statistics)
         act = (kernels.activation_index(activation), negative_slope)

@@ -12,18 +12,18 @@ instead: nothing but memory is lost.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pybn import _core
 from pybn.torch import kernels
 from pybn.torch.functional import normalize
+from pybn.torch.modules import Activated, Statistics, state_of
 
 # Dividing z - bias by the weight multiplies z's rounding by |bias / weight|: a factor of 2^10 leaves float32 gradients
 # four digits.
@@ -33,7 +33,7 @@ _SMALLEST_WEIGHT = 1e-30
 _DTYPES = (torch.float32, torch.float64)
 
 
-class InPlaceABN(_BatchNorm):
+class InPlaceABN(Activated):
     """Activated batch norm that overwrites its input.
 
     A training step keeps one tensor for it where a norm and an activation keep two (or, if the activation is in place,
@@ -74,52 +74,24 @@ class InPlaceABN(_BatchNorm):
             raise ValueError(f"activation is {activation!r}, expected 'leaky_relu' or None, which have an inverse")
         if not (negative_slope > 0 and math.isfinite(negative_slope)):
             raise ValueError(f"negative_slope is {negative_slope!r}, expected a number > 0")
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self.activation = activation
-        self.negative_slope = float(negative_slope)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, activation=activation,
+            negative_slope=negative_slope,
+        )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:
         """activation(norm(input)), in the memory of `input`."""
         self._check_input_dim(input)
-        statistics = Statistics.of(self)
+        weight, bias, statistics = state_of(self)
         options: tuple[float, str | None, float] = (self.eps, self.activation, self.negative_slope)
-        if is_overwritable(input, self.weight, self.bias):
-            return overwrite(input, statistics, self.weight, self.bias, *options)
+        if is_overwritable(input, weight, bias):
+            return overwrite(input, statistics, weight, bias, *options)
         mean, var, counter, training, momentum = statistics
-        return normalize(input, mean, var, counter, self.weight, self.bias, training, momentum, *options, residual=None)
+        return normalize(input, mean, var, counter, weight, bias, training, momentum, *options, residual=None)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"input has {input.dim()} dimensions, expected at least 2: (N, C, ...)")
-
-    def extra_repr(self) -> str:
-        """As torch's layers, and the activation."""
-        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
-        text: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{text}, activation={self.activation!r}{slope}"
-
-
-class Statistics(NamedTuple):
-    """What a call of a batch norm layer does with its statistics."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    counter: Tensor | None
-    training: bool
-    momentum: float
-
-    @classmethod
-    def of(cls, layer: _BatchNorm) -> Statistics:
-        """As torch's layers do."""
-        mean, var, counter = layer.running_mean, layer.running_var, layer.num_batches_tracked
-        momentum = layer.momentum
-        if not layer.training:
-            return cls(mean, var, None, mean is None and var is None, momentum or 0.0)
-        if not layer.track_running_stats:
-            return cls(None, None, None, True, momentum or 0.0)
-        if momentum is None:
-            momentum = 0.0 if counter is None else 1 / (float(counter) + 1)  # the average of all batches
-        return cls(mean, var, counter, True, momentum)
 
 
 def is_overwritable(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:

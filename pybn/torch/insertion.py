@@ -16,7 +16,8 @@ from pybn import _arrays
 from pybn._merge import Moments
 from pybn.insertion import require_all
 from pybn.population import Observe
-from pybn.torch.population import fingerprint, run_module, values_of
+from pybn.torch.kernels import values_of
+from pybn.torch.population import fingerprint, run_module
 
 BATCH_NORMS: dict[type[nn.Module], type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
     nn.Linear: nn.BatchNorm1d,
@@ -61,6 +62,7 @@ class Linears:
                 self._layers[name] = module
         require_all(after, self._layers, self.left)
         self.names = list(self._layers)
+        self.optional: Collection[str] = ()
 
     @contextlib.contextmanager
     def running(self, observe: Observe) -> Iterator[Callable[[Any], None]]:

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from pybn import _core
+from pybn._arrays import Array
 
 Activation = tuple[int, float]  # as the core knows it: an index, and the negative slope
 # y, what the backward pass needs (float64 (5, C): mean, invstd, and the map's centre, scale and shift), and a mask of
@@ -34,7 +35,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 ACTIVATIONS: dict[str | None, int] = {
     None if name == "none" else name: index for index, name in enumerate(_core.activations)
 }
-_FUNCTIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
+FUNCTIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
     None: lambda z, _: z,
     "relu": lambda z, _: F.relu(z),
     "relu6": lambda z, _: F.relu6(z),
@@ -113,17 +114,17 @@ def composite(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-    momentum: float,
+    momentum: float | Tensor,
     eps: float,
     activation: str | None,
     negative_slope: float,
     residual: Tensor | None,
 ) -> Tensor:
     """The same in torch's own operations."""
-    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, float(momentum), eps)
     if residual is not None:
         y = y + residual
-    return _FUNCTIONS[activation](y, negative_slope)
+    return FUNCTIONS[activation](y, negative_slope)
 
 
 def differentiable_backward(
@@ -180,3 +181,10 @@ def _smooth_derivative(z: Tensor, activation: int) -> Tensor:
         return sigmoid * (1 + z * (1 - sigmoid))
     inside = z / 3 + 0.5  # hardswish
     return torch.where(z <= -3, torch.zeros_like(z), torch.where(z >= 3, torch.ones_like(z), inside))
+
+
+def values_of(x: Tensor) -> Array:
+    """A tensor's values as an array; a view of those on the CPU, in float32 if NumPy has no such type."""
+    x = x.detach().cpu()
+    array: Array = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    return array

@@ -6,15 +6,80 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.fx import Proxy
 
+from pybn import _arrays
 from pybn.torch import kernels
 from pybn.torch.functional import normalize
 
 _Layer = TypeVar("_Layer", bound="_BatchNorm")
 
+# Running mean and variance, the number of batches they have seen, whether the statistics are those of the batch, and
+# the weight of these in the running ones: a float, or a tensor if it is to be part of a graph.
+Statistics = tuple[Tensor | None, Tensor | None, Tensor | None, bool, Any]
 
-class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+
+def state_of(layer: torch.nn.modules.batchnorm._BatchNorm) -> tuple[Tensor | None, Tensor | None, Statistics]:
+    """Weight, bias, and what a call does with which statistics, as in torch's layers."""
+    try:  # attributes of modules take 0.3 us each, these dictionaries 0.03 us
+        parameters, buffers = layer._parameters, layer._buffers
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    except KeyError:  # computed by a parametrization, or replaced by plain tensors
+        weight, bias = layer.weight, layer.bias
+        mean, var, counter = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    training = layer.training
+    momentum: Any = layer.momentum
+    if not training:
+        counter = None
+        training = mean is None and var is None
+    elif not layer.track_running_stats:
+        mean = var = counter = None
+    if momentum is None:  # the average of all batches
+        momentum = 0.0 if counter is None else 1 / ((counter.double() if is_compiling() else float(counter)) + 1)
+    return weight, bias, (mean, var, counter, training, momentum)
+
+
+class Activated(torch.nn.modules.batchnorm._BatchNorm):
+    """torch's batch norm layer with the settings of an activation; what all layers here have in common."""
+
+    activation: str | None
+    negative_slope: float
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        **options: Any,
+    ) -> None:
+        _arrays.activation(activation, negative_slope)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        self.activation = activation
+        self.negative_slope = negative_slope
+
+    def extra_repr(self) -> str:
+        """As torch's, and the activation if there is one."""
+        text: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        if self.activation is not None:
+            text += f", activation={self.activation!r}"
+        if self.activation == "leaky_relu":
+            text += f", negative_slope={self.negative_slope}"
+        return text
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"activation": None, "negative_slope": 0.01, **state})  # type: ignore[no-untyped-call]
+
+
+class _BatchNorm(Activated):
     """Batch normalization as torch's own layer of this name, and in the same pass a residual sum and an activation.
 
     It is a subclass of torch's layer, with the same parameters, buffers and state dict.
@@ -40,64 +105,16 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     errors, and what is left to torch.
     """
 
-    activation: str | None
-    negative_slope: float
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        activation: str | None = None,
-        negative_slope: float = 0.01,
-        **options: Any,
-    ) -> None:
-        kernels.activation_index(activation)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
-        self.activation = activation
-        self.negative_slope = negative_slope
-
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Shapes as in `pybn.torch.batch_norm`; the residual has the input's."""
         if isinstance(input, Proxy):  # torch.fx knows torch's own layers as leaves by their module's name
             return _traced_as_leaf(self, input, residual)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        try:  # attributes of modules take 0.3 us each, these dictionaries 0.03 us
-            parameters, buffers = self._parameters, self._buffers
-            weight, bias = parameters["weight"], parameters["bias"]
-            mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
-        except KeyError:  # computed by a parametrization, or replaced by plain tensors
-            weight, bias = self.weight, self.bias
-            mean, var, counter = self.running_mean, self.running_var, self.num_batches_tracked
-        training, momentum = self.training, self.momentum
-        if not training:
-            counter = None
-            training = mean is None and var is None
-        elif not self.track_running_stats:
-            mean = var = counter = None
-        if momentum is None:
-            momentum = 0.0 if counter is None else 1 / (float(counter) + 1)  # the average of all batches
+        weight, bias, (mean, var, counter, training, momentum) = state_of(self)
         return normalize(
             input, mean, var, counter, weight, bias, training, momentum, self.eps, self.activation,
             self.negative_slope, residual,
         )  # fmt: skip
-
-    def extra_repr(self) -> str:
-        """As torch's, and the activation if there is one."""
-        text: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        if self.activation is not None:
-            text += f", activation={self.activation!r}"
-        if self.activation == "leaky_relu":
-            text += f", negative_slope={self.negative_slope}"
-        return text
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"activation": None, "negative_slope": 0.01, **state})  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_torch(

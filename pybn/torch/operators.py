@@ -21,7 +21,7 @@ def normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-    momentum: float,
+    momentum: float | Tensor,
     eps: float,
     activation: str | None,
     negative_slope: float,
@@ -30,12 +30,14 @@ def normalize(
     """`functional.normalize` by the operators."""
     if training:
         torch.nn.functional._verify_batch_size(x.size())  # type: ignore[attr-defined]
+    # With a momentum of 1 the running statistics become those of the batch.
+    factor = 1.0 if isinstance(momentum, Tensor) else momentum
     y, _, statistics = batch_norm(
-        x, weight, bias, running_mean, running_var, residual, training, momentum, eps, activation, negative_slope
+        x, weight, bias, running_mean, running_var, residual, training, factor, eps, activation, negative_slope
     )
     if training and running_mean is not None and running_var is not None:
-        running_mean.copy_(statistics[0])
-        running_var.copy_(statistics[1])
+        for running, new in ((running_mean, statistics[0]), (running_var, statistics[1])):
+            running.copy_(torch.lerp(running.double(), new, momentum) if isinstance(momentum, Tensor) else new)
     return y  # type: ignore[no-any-return]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pybn._arrays import Array
 from pybn._merge import Moments
-from pybn.population import Observe
+from pybn.population import Observe, observer
+from pybn.sequence import names_of_steps, population
+from pybn.torch.kernels import values_of
+from pybn.torch.variants import SequenceBatchNorm
 
 
 class Modules:
@@ -30,34 +33,45 @@ class Modules:
                 self.left[name] = "it has no running statistics"
             else:
                 self._layers[name] = module
-        self.names = list(self._layers)
+        steps = {
+            name: names_of_steps(name, layer.max_steps)
+            for name, layer in self._layers.items()
+            if isinstance(layer, SequenceBatchNorm)
+        }
+        self.names = [part for name in self._layers for part in steps.get(name, [name])]
+        self.optional: Collection[str] = {part for parts in steps.values() for part in parts}
 
     @contextlib.contextmanager
     def running(self, observe: Observe) -> Iterator[Callable[[Any], None]]:
         """See `pybn.population.Subject`. Batch norms are in training, all else in evaluation."""
         training = {module: module.training for module in self._model.modules()}
-        state = [
-            (layer, layer.track_running_stats, layer.running_mean, layer.running_var, layer.num_batches_tracked)
-            for layer in self._layers.values()
-        ]
-        hooks = [
-            layer.register_forward_pre_hook(lambda _, inputs, name=name: observe(name, values_of(inputs[0]), 1))
-            for name, layer in self._layers.items()
-        ]
+        kept = ("track_running_stats", "momentum", "running_mean", "running_var", "num_batches_tracked")
+        before = [(layer, {what: getattr(layer, what) for what in kept}) for layer in self._layers.values()]
+        hooks = []
         try:
             self._model.eval()
-            for layer in self._layers.values():
+            for name, layer in self._layers.items():
                 layer.train()
-                # Without running statistics a layer uses the batch's own, and has nothing to change.
-                layer.track_running_stats = False
-                layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+                if isinstance(layer, SequenceBatchNorm):
+                    layer._observer = observer(observe, name, 1)
+                    # A step may use an earlier step's statistics: the batch's own, kept apart from the layer's.
+                    layer.momentum = 1.0
+                    for what in kept[2:]:
+                        setattr(layer, what, getattr(layer, what).clone())
+                else:
+                    hooks.append(layer.register_forward_pre_hook(_observing(observe, name), with_kwargs=True))
+                    # Without running statistics a layer uses the batch's own, and has nothing to change.
+                    layer.track_running_stats = False
+                    layer.running_mean = layer.running_var = layer.num_batches_tracked = None
             yield self._run
         finally:
             for hook in hooks:
                 hook.remove()
-            for layer, tracks, mean, var, counter in state:
-                layer.track_running_stats = tracks
-                layer.running_mean, layer.running_var, layer.num_batches_tracked = mean, var, counter
+            for layer, values in before:
+                for what, value in values.items():
+                    setattr(layer, what, value)
+                if isinstance(layer, SequenceBatchNorm):
+                    del layer._observer
             for module, mode in training.items():
                 module.training = mode
 
@@ -73,12 +87,23 @@ class Modules:
 
     def finish(self, statistics: Mapping[str, Moments]) -> nn.Module:
         """See `pybn.population.Subject`."""
+        new = {name: _statistics_of(layer, name, statistics) for name, layer in self._layers.items()}
         for name, layer in self._layers.items():
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
-            layer.running_mean.copy_(torch.from_numpy(statistics[name].mean))
-            layer.running_var.copy_(torch.from_numpy(statistics[name].var))
+            for what, values in new[name].items():
+                getattr(layer, what).copy_(torch.from_numpy(values))
         return self._model
+
+
+def _statistics_of(layer: _BatchNorm, name: str, statistics: Mapping[str, Moments]) -> dict[str, Array]:
+    """What changes in the layer's buffers."""
+    if isinstance(layer, SequenceBatchNorm):
+        assert layer.num_batches_tracked is not None
+        return population(name, statistics, layer.num_batches_tracked.numpy())
+    return {"running_mean": statistics[name].mean, "running_var": statistics[name].var}
+
+
+def _observing(observe: Observe, name: str) -> Callable[[nn.Module, Any, Any], None]:
+    return lambda _, inputs, named: observe(name, values_of(inputs[0] if inputs else named["input"]), 1)
 
 
 def run_module(model: nn.Module, forward: Callable[[Any], Any] | None, batch: Any) -> None:
@@ -88,13 +113,6 @@ def run_module(model: nn.Module, forward: Callable[[Any], Any] | None, batch: An
             forward(batch)
         else:
             model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
-def values_of(x: Tensor) -> Array:
-    """A tensor's values for the kernels; a view of those on the CPU, in float32 if NumPy has no such type."""
-    x = x.detach().cpu()
-    array: Array = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
-    return array
 
 
 def fingerprint(model: nn.Module, without: set[str]) -> str:

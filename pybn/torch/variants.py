@@ -7,7 +7,6 @@ sums are the same; gradients that are not written here are those that autograd f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,40 +16,20 @@ from torch import Tensor, nn
 from pybn import _arrays, sequence
 from pybn.functional import apply, batch_norm_backward, batch_norm_stats
 from pybn.ghost import parts
-from pybn.renorm import PAPER_DMAX, PAPER_RMAX, Schedule, value_of
+from pybn.layers import Observer
+from pybn.renorm import PAPER_DMAX, PAPER_RMAX, Schedule, corrections, value_of
+from pybn.torch import kernels
 from pybn.torch.functional import batch_norm
-from pybn.torch.population import values_of
-
-_ACTIVATIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
-    None: lambda z, _: z,
-    "relu": lambda z, _: nn.functional.relu(z),
-    "relu6": lambda z, _: nn.functional.relu6(z),
-    "leaky_relu": nn.functional.leaky_relu,
-    "silu": lambda z, _: nn.functional.silu(z),
-    "hardswish": lambda z, _: nn.functional.hardswish(z),
-}
+from pybn.torch.kernels import values_of
+from pybn.torch.modules import Activated, state_of
 
 
-class _Variant(nn.modules.batchnorm._BatchNorm):
+class _Variant(Activated):
     """What the layers here have in common; a subclass of torch's layer, with its parameters, buffers and state dict."""
 
-    def __init__(
-        self,
-        num_features: int,
-        eps: float,
-        momentum: float | None,
-        affine: bool,
-        track_running_stats: bool,
-        device: Any,
-        dtype: Any,
-        activation: str | None,
-        negative_slope: float,
-    ) -> None:
+    def __init__(self, num_features: int, *args: Any, **options: Any) -> None:
         _arrays.at_least_one("num_features", num_features)
-        _arrays.activation(activation, negative_slope)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self.activation = activation
-        self.negative_slope = negative_slope
+        super().__init__(num_features, *args, **options)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if not 2 <= input.ndim <= 5:
@@ -80,11 +59,6 @@ class _Variant(nn.modules.batchnorm._BatchNorm):
             x, self.running_mean, self.running_var, self.weight, self.bias, residual, training=False
         )
 
-    def extra_repr(self) -> str:
-        """As torch's, and the activation if there is one."""
-        text: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return text if self.activation is None else f"{text}, activation={self.activation!r}"
-
 
 class GhostBatchNorm(_Variant):
     """`pybn.GhostBatchNorm` for torch: statistics of consecutive parts of the batch, of at least `ghost_size` examples.
@@ -102,13 +76,9 @@ class GhostBatchNorm(_Variant):
         track_running_stats: bool = True,
         device: Any = None,
         dtype: Any = None,
-        *,
-        activation: str | None = None,
-        negative_slope: float = 0.01,
+        **activation: Any,
     ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, activation, negative_slope
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **activation)
         self.ghost_size = _arrays.at_least_one("ghost_size", ghost_size)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -122,26 +92,15 @@ class GhostBatchNorm(_Variant):
             raise ValueError(
                 f"a ghost batch has shape {tuple(smallest.shape)}, one value per channel; expected more when training"
             )
-        tracks = self.training and self.running_mean is not None and self.running_var is not None
         outputs = []
         for part in cut:
-            momentum = self.momentum
-            if tracks:
-                assert self.num_batches_tracked is not None
-                self.num_batches_tracked.add_(1)
-                momentum = 1 / float(self.num_batches_tracked) if momentum is None else momentum
+            weight, bias, (mean, var, counter, _, momentum) = state_of(self)
+            summand = None if residual is None else residual[part]
             outputs.append(
-                self._batch_norm(
-                    input[part],
-                    self.running_mean if tracks else None,
-                    self.running_var if tracks else None,
-                    self.weight,
-                    self.bias,
-                    None if residual is None else residual[part],
-                    training=True,
-                    momentum=momentum or 0.0,
-                )
+                self._batch_norm(input[part], mean, var, weight, bias, summand, training=True, momentum=momentum)
             )
+            if counter is not None:
+                counter.add_(1)
         return torch.cat(outputs)
 
     def extra_repr(self) -> str:
@@ -166,10 +125,9 @@ class BatchRenorm(_Variant):
         *,
         rmax: Schedule = PAPER_RMAX,
         dmax: Schedule = PAPER_DMAX,
-        activation: str | None = None,
-        negative_slope: float = 0.01,
+        **activation: Any,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype, activation, negative_slope)
+        super().__init__(num_features, eps, momentum, affine, True, device, dtype, **activation)
         value_of("rmax", rmax, 0, least=1)
         value_of("dmax", dmax, 0, least=0)
         self.rmax = rmax
@@ -178,29 +136,28 @@ class BatchRenorm(_Variant):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(batch renorm(input) + residual)``."""
         self._check_input_dim(input)
+        if self.running_mean is None:  # while they are re-estimated: nothing to correct by, so it is batch norm
+            return self._batch_norm(input, None, None, self.weight, self.bias, residual, training=True)
         if not self.training:
             return self._evaluate(input, residual)
-        assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         _arrays.require_several_values(values_of(input), 1, "input")
         batches = int(self.num_batches_tracked)
         rmax = value_of("rmax", self.rmax, batches, least=1)
         dmax = value_of("dmax", self.dmax, batches, least=0)
-        mean, var, count = (torch.as_tensor(value) for value in batch_norm_stats(values_of(input)))
-        running_mean, running_var = self.running_mean.double(), self.running_var.double()
+        mean, var, count = batch_norm_stats(values_of(input))
+        running_mean, running_var = values_of(self.running_mean.double()), values_of(self.running_var.double())
         if count == 0:  # an empty batch tells nothing
             mean, var = running_mean, running_var
-        running_std = (running_var + self.eps).sqrt()
-        r = ((var + self.eps).sqrt() / running_std).clamp(1 / rmax, rmax)
-        d = ((mean - running_mean) / running_std).clamp(-dmax, dmax)
+        r, d = map(torch.from_numpy, corrections(mean, var, running_mean, running_var, self.eps, rmax, dmax))
         weight = torch.ones_like(r) if self.weight is None else self.weight.double()
         bias = torch.zeros_like(d) if self.bias is None else self.bias.double()
         y = self._batch_norm(input, None, None, weight * r, bias + weight * d, residual, training=True)
         momentum = 1 / (batches + 1) if self.momentum is None else self.momentum
         if count > 0:
-            self.running_mean.copy_(torch.lerp(running_mean, mean, momentum))
-            self.running_var.copy_(torch.lerp(running_var, var * (count / (count - 1)), momentum))
+            for running, batch in ((self.running_mean, mean), (self.running_var, var * (count / (count - 1)))):
+                running.copy_(torch.lerp(running.double(), torch.from_numpy(batch), momentum))
         self.num_batches_tracked.add_(1)
         return y
 
@@ -228,11 +185,9 @@ class VirtualBatchNorm(_Variant):
         affine: bool = True,
         device: Any = None,
         dtype: Any = None,
-        *,
-        activation: str | None = None,
-        negative_slope: float = 0.01,
+        **activation: Any,
     ) -> None:
-        super().__init__(num_features, eps, 0.1, affine, False, device, dtype, activation, negative_slope)
+        super().__init__(num_features, eps, 0.1, affine, False, device, dtype, **activation)
         self.register_buffer("reference_mean", torch.zeros(num_features, dtype=torch.float64, device=device))
         self.register_buffer("reference_var", torch.ones(num_features, dtype=torch.float64, device=device))
         self.register_buffer("reference_count", torch.zeros((), dtype=torch.int64, device=device))
@@ -363,7 +318,7 @@ def _composite(
     z = z if weight is None else z * weight.double()[:, None]
     z = z if bias is None else z + bias.double()[:, None]
     z = z.reshape(x.shape).to(x.dtype)
-    return _ACTIVATIONS[activation](z if residual is None else z + residual, negative_slope)
+    return kernels.FUNCTIONS[activation](z if residual is None else z + residual, negative_slope)
 
 
 class SequenceBatchNorm(_Variant):
@@ -372,6 +327,8 @@ class SequenceBatchNorm(_Variant):
     Input has shape (N, C, T), or with ``channel_axis=-1`` (N, T, C); with a step (N, C). Steps of a recurrence are
     calls in turn; autograd goes back through them.
     """
+
+    _observer: Observer | None = None  # told of inputs while statistics are re-estimated
 
     def __init__(
         self,
@@ -383,11 +340,10 @@ class SequenceBatchNorm(_Variant):
         device: Any = None,
         dtype: Any = None,
         *,
-        activation: str | None = None,
-        negative_slope: float = 0.01,
         channel_axis: int = 1,
+        **activation: Any,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype, activation, negative_slope)
+        super().__init__(num_features, eps, momentum, affine, True, device, dtype, **activation)
         if channel_axis not in (1, -1):
             raise ValueError(f"channel_axis is {channel_axis!r}, expected 1 or -1")
         self.max_steps = _arrays.at_least_one("max_steps", max_steps)
@@ -433,13 +389,19 @@ class SequenceBatchNorm(_Variant):
         blocks = sequence.blocks_of(there, len(x), x.shape[time_axis], is_last=time_axis == 1)
         sizes = [sequence.count_of(block, len(x)) for block in blocks]
         _, _, counter = self._statistics()
-        if self.training and blocks and max(sizes) < 2 and (first == 0 or not counter.any()):
+        training = self.training or self._observer is not None
+        if training and blocks and max(sizes) < 2 and (first == 0 or not counter.any()):
             raise ValueError(
                 f"input has shape {tuple(x.shape)} and at no step more than one sequence; expected more than one when "
                 "training"
             )
+        if self._observer is not None:
+            if first == 0:  # so that a sequence that is left alone uses an earlier step of these, not of any before
+                self.reset_running_stats()
+            for step, values in sequence.arrivals(blocks, values_of(x), first, self.max_steps):
+                self._observer(values, step)
         y = torch.zeros_like(x, memory_format=torch.contiguous_format)
-        order = sorted(zip(blocks, sizes, strict=True), key=lambda pair: self.training and pair[1] == 1)
+        order = sorted(zip(blocks, sizes, strict=True), key=lambda pair: training and pair[1] == 1)
         for block, size in order:
             steps = block.end - block.begin
             part, summand = _of(block, x), None if residual is None else _of(block, residual)
@@ -447,7 +409,7 @@ class SequenceBatchNorm(_Variant):
                 None if p is None else p.repeat(steps) if block.is_last else p.repeat_interleave(steps)
                 for p in (self.weight, self.bias)
             )
-            if self.training and size > 1:
+            if training and size > 1:
                 # With a momentum of 1 the running statistics are those of the batch, the variance unbiased.
                 mean, var = (torch.zeros(part.shape[1], dtype=torch.float64) for _ in range(2))
                 result = self._batch_norm(part, mean, var, weight, bias, summand, training=True, momentum=1.0)

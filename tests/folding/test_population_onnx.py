@@ -1,6 +1,7 @@
 """Re-estimation of, and insertion into, ONNX models; .npz files read by parts; the commands."""
 
 import zipfile
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import pybn
 from pybn.archives import Archives
 from pybn.commands import app
 from pybn.folding.files import ModelError
+from pybn.population import populate
+from pybn.stages import OnnxModel
 
 MODEL = Path(__file__).parents[2] / "examples" / "mnist_cnn.onnx"
 DATA = Path(__file__).parents[2] / "examples" / "mnist_test.npz"
@@ -202,6 +205,32 @@ def test_work_on_an_onnx_model_goes_on_where_it_ended(rng, tmp_path):
     parted = pybn.reestimate(model, partitions=[lambda: batches[:1], lambda: batches[1:]])
     for name, moments in whole.statistics.items():
         np.testing.assert_allclose(parted.statistics[name].var, moments.var, rtol=1e-12)
+
+
+def test_the_command_goes_on_from_a_state_of_the_same_data_and_batches_only(tmp_path):
+    state, other, target = tmp_path / "state", tmp_path / "other.npz", tmp_path / "out.onnx"
+    with np.load(DATA) as archive:
+        np.savez(other, image=archive["image"][::-1])
+    archives = Archives([DATA], ["image"], 250)
+
+    def failing():
+        yield from islice(archives, 2)
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        populate(OnnxModel(MODEL), failing(), None, None, state, 1, None, archives.fingerprint())
+    saved = state.read_bytes()
+    for data, batch in ((DATA, "200"), (other, "250")):
+        arguments = ["reestimate", MODEL, target, "--data", data, "--batch", batch, "--state", state]
+        result = RUNNER.invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == 1
+        assert "is of another data than this work's" in result.stderr
+        assert state.read_bytes() == saved
+        assert not target.exists()
+    arguments = ["reestimate", MODEL, target, "--data", DATA, "--batch", "250", "--state", state]
+    assert RUNNER.invoke(app, [str(argument) for argument in arguments]).exit_code == 0
+    assert target.read_bytes() == pybn.reestimate(MODEL, archives).model.SerializeToString(deterministic=True)
+    assert not state.exists()
 
 
 def test_inserted_batch_norms_change_no_output_and_fold_away_again():

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from pybn.torch import SyncBatchNorm, convert_sync_batchnorm
+from pybn.torch import SyncBatchNorm, accelerate, convert_sync_batchnorm
 
 RANK, SIZE = int(sys.argv[1]), int(sys.argv[2])
 SIZES = (3, 0, 2)  # images of each rank
@@ -260,6 +260,24 @@ def data_parallel_training_is_that_of_one_process():
         assert_close(ours, theirs, 1e-10)
         first, *others = gathered(ours)
         assert all(torch.equal(first, other) for other in others), name
+
+
+def accelerated_networks_are_trained_by_distributed_data_parallel():
+    """Statistics are each rank's own, so every rank checks itself against a stock network in the same arrangement."""
+    stock, fused = network(), accelerate(network(), inplace=True).model
+    parallels = [torch.nn.parallel.DistributedDataParallel(model) for model in (stock, fused)]
+    for step in range(3):
+        x = batches(2, 6, 6, sizes=(2, 2, 2), seed=step)[RANK]
+        for parallel in parallels:
+            parallel.zero_grad()
+            (parallel(x) ** 2 * torch.arange(3.0)[:, None, None]).mean().backward()
+            with torch.no_grad():
+                for parameter in parallel.parameters():
+                    parameter -= 0.1 * parameter.grad
+    for (name, ours), theirs in zip(fused.state_dict().items(), stock.state_dict().values(), strict=True):
+        assert_close(ours, theirs, 1e-10)
+        first, *others = gathered(ours)
+        assert "running" in name or all(torch.equal(first, other) for other in others), name
 
 
 # ---- what is not communicated

@@ -6,9 +6,11 @@ import io
 import operator
 import pickle
 
+import onnx
 import pytest
 import torch
 import torch_zoo
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -674,6 +676,52 @@ def test_compiled_and_exported_models_compute_the_same():
     torch.testing.assert_close(compiled(x), model(x))
     exported = torch.export.export(other.eval(), (x,)).module()
     torch.testing.assert_close(exported(x), model.eval()(x))
+
+
+def test_the_average_over_all_batches_is_part_of_a_compiled_graph():
+    model = lively(nn.Sequential(torch_zoo.conv(3, 3), nn.BatchNorm2d(3, momentum=None)).double())
+    other, _ = accelerated(model)
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    for seed in range(3):
+        x = images(seed=seed).double()
+        torch.testing.assert_close(compiled(x), model(x))
+    torch.testing.assert_close(other.state_dict(), model.state_dict())
+
+
+def test_a_graph_module_is_accelerated_and_restored():
+    model = torch.fx.symbolic_trace(Block(lambda self, y, x: F.relu(y + x)))
+    other, _ = check(model, fused={"bn": "sum + relu"})
+    assert type(restore(other).bn) is nn.BatchNorm2d
+    assert_same_results(model, other, images().double())
+
+
+class Net(nn.Module):
+    """A norm with a sum and an activation behind it, and one that no convolution absorbs."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.folded = nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), torch_zoo.conv(3, 3))
+
+    def forward(self, x):
+        return self.folded(F.relu(self.bn(x) + x))
+
+
+@pytest.mark.filterwarnings("ignore")  # exporters use what torch deprecates
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_accelerated_and_folded_models_are_exported_to_onnx_as_standard_operators(tmp_path, dynamo):
+    model = lively(Net()).eval()
+    with torch.no_grad():
+        model.folded[0].bias.fill_(-0.3)  # which padding does not let pass
+    other, _ = accelerate(model)
+    other.folded = pybn.torch.fold(model.folded).model
+    assert isinstance(other.folded[0], pybn.torch.BatchNorm2d)
+    x = images(2, 3, 6, 6)
+    torch.onnx.export(other, (x,), tmp_path / "model.onnx", dynamo=dynamo, verbose=False)
+    exported = onnx.load(tmp_path / "model.onnx")
+    kinds = sorted(node.op_type for node in exported.graph.node if node.op_type != "Identity")
+    assert kinds == ["Add", "BatchNormalization", "BatchNormalization", "Conv", "Relu", "Relu"]
+    (y,) = ReferenceEvaluator(exported).run(None, {exported.graph.input[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_functional_call_uses_the_given_parameters():

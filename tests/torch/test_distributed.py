@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pybn.torch import BatchNorm2d, SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from pybn.torch import (
+    BatchNorm2d,
+    GhostBatchNorm,
+    InPlaceABN,
+    SyncBatchNorm,
+    convert_sync_batchnorm,
+    revert_sync_batchnorm,
+)
 
 CASES = Path(__file__).with_name("distributed_cases.py")
 RANKS = 3
@@ -117,6 +124,22 @@ def test_layers_made_as_synchronised_stay():
 def test_a_lazy_layer_is_refused_before_it_has_seen_data():
     with pytest.raises(ValueError, match="has not seen data"):
         convert_sync_batchnorm(torch.nn.LazyBatchNorm2d())
+
+
+def test_a_network_with_other_statistics_is_refused_and_unchanged():
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), GhostBatchNorm(3, 2))
+    with pytest.raises(ValueError, match=r"GhostBatchNorm\(3, .* has statistics of another kind"):
+        convert_sync_batchnorm(model)
+    assert type(model[0]) is torch.nn.BatchNorm2d
+
+
+def test_an_in_place_layer_keeps_its_activation():
+    torch.manual_seed(0)
+    layer = InPlaceABN(3, negative_slope=0.2)
+    converted = convert_sync_batchnorm(copy.deepcopy(layer))
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(converted(x.clone()), layer(x.clone()))
+    assert repr(revert_sync_batchnorm(converted)) == repr(layer)
 
 
 def test_bad_settings_are_refused():

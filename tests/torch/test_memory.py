@@ -1,8 +1,12 @@
 """Where results live, how long, and what is kept for the backward pass."""
 
+import ctypes
 import gc
 import pickle
+import platform
 import weakref
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -201,3 +205,35 @@ def test_numpy_and_torch_results_have_the_same_bits():
         torch.from_numpy(x), None, None, torch.from_numpy(weight), torch.from_numpy(bias), True, activation="silu"
     )
     assert y.numpy().tobytes() == expected.tobytes()
+
+
+def resident():
+    """MB of this process that are in memory."""
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_a_process_keeps_what_it_frees_if_told_to_and_gives_it_back():
+    pybn.torch.reuse_memory(False)
+    empty = resident()
+    torch.ones(50_000_000)  # 200 MB
+    assert resident() < empty + 50
+    try:
+        pybn.torch.reuse_memory()
+        for _ in range(3):
+            torch.ones(50_000_000)
+            assert empty + 150 < resident() < empty + 250
+    finally:
+        pybn.torch.reuse_memory(False)
+    assert resident() < empty + 50
+    torch.ones(50_000_000)
+    assert resident() < empty + 50
+
+
+@pytest.mark.parametrize("missing", ["mallopt", "malloc_trim"])
+def test_a_platform_that_cannot_keep_memory_says_so(monkeypatch, missing):
+    c = SimpleNamespace(mallopt=lambda *_: 1, malloc_trim=lambda *_: 1)
+    delattr(c, missing)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: c)
+    with pytest.raises(RuntimeError, match="has no mallopt, expected glibc"):
+        pybn.torch.reuse_memory()

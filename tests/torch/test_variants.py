@@ -148,6 +148,29 @@ def test_sequences_of_unequal_lengths_and_steps(rng, lengths, channel_axis):
         torch.testing.assert_close(module(at, step=step), of_whole)
 
 
+@pytest.mark.parametrize("suffix", [None, ".npz", ".safetensors"])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_state_dicts_go_both_ways(rng, tmp_path, name, suffix):
+    module, twin = pair(name, rng)
+    x = images(rng, (8, 4, 6))
+    module(torch.from_numpy(x))
+    state = module.state_dict()
+    if suffix is not None:
+        pybn.save_state_dict(state, tmp_path / f"s{suffix}")
+        state = pybn.load_state_dict(tmp_path / f"s{suffix}")
+    twin.reset_parameters()
+    twin.load_state_dict(state)
+    assert list(twin.state_dict()) == list(module.state_dict())
+    for key, value in twin.state_dict().items():
+        assert np.array_equal(value, module.state_dict()[key]), key
+        assert value.shape == tuple(module.state_dict()[key].shape)
+    assert_close(array(module.eval()(torch.from_numpy(x))), twin.eval()(x), np.float32)
+    with pytest.raises(TypeError, match=r"has no counterpart in torch\.nn, expected a BatchNorm"):
+        twin.to_torch()
+    with pytest.raises(TypeError, match=r"has no counterpart in torch\.nn, expected a BatchNorm"):
+        type(twin).from_torch(module)
+
+
 @pytest.mark.parametrize("name", MEMBERS)
 def test_a_module_can_be_copied_and_pickled(rng, name):
     module, _ = pair(name, rng)
@@ -200,6 +223,24 @@ def test_frozen_batch_norms_stay_in_evaluation_while_the_rest_trains(rng, kind):
     assert not torch.equal(model[1].running_mean, before["running_mean"])
 
 
+def test_folding_gives_back_the_network_that_batch_norms_were_inserted_in(rng):
+    model = nn.Sequential(
+        nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(5, 4, 2), nn.ReLU(),
+        nn.Conv2d(4, 6, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+    ).eval()  # fmt: skip
+    original = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.from_numpy(images(rng, (64, 3, 8, 8)))
+    pybn.insert(model, [x])
+    folded = bt.fold(model).model
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in folded.modules())
+    found = {name.replace(".linear", ""): value for name, value in folded.state_dict().items()}
+    without = found.pop("4.bias")  # of a convolution that had none
+    assert without.abs().max() < 1e-6
+    assert found.keys() == original.keys()
+    for name, value in original.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6 * float(value.abs().max()), msg=name)
+
+
 class TwoLayers(nn.Module):
     def __init__(self, kind=nn.BatchNorm2d):
         super().__init__()
@@ -248,6 +289,65 @@ def test_reestimated_statistics_are_those_of_all_that_arrives(rng, kind, tmp_pat
     pybn.reestimate(model, batches, state=tmp_path / "s.npz")
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_members_are_reestimated_as_their_numpy_layers(rng, name, frozen):
+    module, twin = pair(name, rng, np.float64)
+    last, twin_last = nn.BatchNorm1d(4).double(), pybn.BatchNorm1d(4, dtype=np.float64)
+    model = nn.Sequential(module.double(), nn.Tanh(), last)
+    if frozen:
+        bt.freeze(model)
+    modes = [part.training for part in model.modules()]
+    data = [images(rng, (n, 4, 6), np.float64) * n for n in (5, 4, 9)]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    found = pybn.reestimate(model, [torch.from_numpy(x) for x in data])
+    layers = {"0": twin, "2": twin_last} if name != "virtual" else {"2": twin_last}
+    if name == "virtual":
+        assert found.left == {"0": "it has no running statistics"}
+    expected = pybn.reestimate(layers, data, forward=lambda x: twin_last(np.tanh(twin(x))))
+    assert list(found.statistics) == list(expected.statistics)
+    for part, moments in expected.statistics.items():
+        assert found.statistics[part].count == moments.count
+    for layer, of_numpy in ((module, twin), (last, twin_last)):
+        for key, value in of_numpy.state_dict().items():
+            np.testing.assert_allclose(layer.state_dict()[key].double(), value, rtol=1e-6 if layer is module else 1e-12)
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, state[key])}
+    assert changed <= {f"{i}.running_{what}" for i in "02" for what in ("mean", "var")} | {"0.num_batches_tracked"}
+    assert "2.running_var" in changed
+    assert bt.variants.is_frozen(last) == frozen
+    assert [part.training for part in model.modules()] == modes
+    assert last.momentum == 0.1
+    before = last.running_var.clone()
+    model.train()(torch.from_numpy(data[0]))
+    assert torch.equal(last.running_var, before) == frozen, "it tracks statistics as it did before"
+
+
+@pytest.mark.parametrize("channel_axis", [1, -1])
+def test_reestimated_statistics_of_steps_count_only_the_sequences_that_are_there(rng, channel_axis):
+    module = bt.SequenceBatchNorm(4, 6, channel_axis=channel_axis, dtype=torch.float64)
+    twin = pybn.SequenceBatchNorm(4, 6, channel_axis=channel_axis, dtype=np.float64)
+    data = []
+    for lengths in ([5, 2, 4], [1, 1, 3, 3]):
+        shape = (len(lengths), 4, max(lengths))
+        data.append((np.ascontiguousarray(np.moveaxis(images(rng, shape, np.float64), 1, channel_axis)), lengths))
+    pybn.reestimate([twin], data, forward=lambda batch: twin(batch[0], lengths=batch[1]))
+    by_step = copy.deepcopy(module)
+
+    def steps(batch):
+        x, lengths = torch.from_numpy(batch[0]), np.array(batch[1])
+        for step in range(max(lengths)):
+            by_step(x[:, :, step] if channel_axis == 1 else x[:, step], step=step, mask=step < lengths)
+
+    pybn.reestimate(by_step, data, forward=steps)
+    pybn.reestimate(module, data, forward=lambda batch: module(torch.from_numpy(batch[0]), lengths=batch[1]))
+    assert twin.num_batches_tracked.tolist() == [1, 1, 1, 1, 0, 0]
+    for layer in (module, by_step):
+        for key, value in twin.state_dict().items():
+            np.testing.assert_allclose(layer.state_dict()[key], value, rtol=1e-12, atol=1e-12, err_msg=key)
+    assert module.momentum == 0.1
+    assert module._observer is None
 
 
 def test_inserted_batch_norms_change_no_output(rng):
