@@ -1,0 +1,50 @@
+"""How figures look: titles that say the outcome, labels at the lines, one colour for one arm everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+WITH, WITHOUT = "#0072B2", "#D55E00"
+THIRD, FOURTH, FIFTH = "#009E73", "#CC79A7", "#E69F00"
+GREY = "#666666"
+
+_STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.titlesize": 10,
+    "grid.alpha": 0.3,
+}
+
+
+def new_figure(title: str, panels: int = 1, *, width: float = 6.4, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+    """A figure that says its outcome above, and its panels side by side."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    return figure, list(axes)
+
+
+def band(
+    axes: Axes, x: Sequence[float], runs: Sequence[Sequence[float]], colour: str, label: str = "", *, up: float = 0
+) -> None:
+    """The median of runs (seeds, len(x)) as a line, all of them as a band; at its end a label, moved `up` points."""
+    middle = np.median(runs, axis=0)
+    axes.fill_between(x, np.min(runs, axis=0), np.max(runs, axis=0), color=colour, alpha=0.2, linewidth=0)
+    axes.plot(x, middle, color=colour, linewidth=2)
+    write(axes, x[-1], middle[-1], label, colour, up=up)
+
+
+def write(axes: Axes, x: float, y: float, text: str, colour: str, *, right: float = 5, up: float = 0) -> None:
+    """Text beside a point, shifted by points to the right and up."""
+    axes.annotate(
+        text, (x, y), (right, up), textcoords="offset points", color=colour, va="center", annotation_clip=False,
+        ha="left" if right >= 0 else "right",
+    )  # fmt: skip
