@@ -1,6 +1,6 @@
 """Real data, small networks: two models to work with, and what batch norm does, one claim a file.
 
-Run all of it in a clone of the repository, after `pip install ".[examples,test]"`:
+Run all of it in a clone of the repository, after `pip install ".[examples]"`:
 
     python -m examples.train_mnist_cnn      # the model that README and tests fold
     python -m examples.train_accelerated    # the same network trained by stock torch and accelerated

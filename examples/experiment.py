@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 import pybn
 
@@ -37,21 +37,15 @@ def sweep(
     Results do not depend on which, as jobs draw what is random from seeds and one thread decides the order of sums.
     """
     arguments = list(arguments)
-    columns = (
-        TextColumn("  {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as progress:
         if quick:
             with _one_thread():
-                return {a: job(*a, **settings) for a in progress.track(arguments, description="runs")}
+                return {a: job(*a, **settings) for a in progress.track(arguments)}
         pool = _pool()
         futures = {a: pool.submit(job, *a, **settings) for a in arguments}
         try:
-            for future in progress.track(as_completed(futures.values()), total=len(futures), description="runs"):
+            for future in progress.track(as_completed(futures.values()), total=len(futures)):
                 future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -112,13 +106,9 @@ def parse_arguments(program: str, description: str | None) -> tuple[bool, int, P
     parser = argparse.ArgumentParser(
         prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="seconds instead of minutes: does it run? figures mean nothing"
-    )
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see it run; its figures mean nothing")
     parser.add_argument("--seeds", type=int, help="runs of every setting (default: 5, or 2 if quick)")
-    parser.add_argument(
-        "--out-dir", type=Path, help="where to write (default: docs/figures, or build/figures if quick)"
-    )
+    parser.add_argument("--out-dir", type=Path, help="default: docs/figures; build/figures if quick")
     given = parser.parse_args()
     seeds = (2 if given.quick else 5) if given.seeds is None else given.seeds
     if seeds < 1:

@@ -23,13 +23,20 @@ _STYLE = {
 }
 
 
-def new_figure(title: str, panels: int = 1, *, width: float = 6.4, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    title: str = "", panels: int = 1, *, width: float = 6.4, height: float = 3.6
+) -> tuple[Figure, list[Axes]]:
     """A figure that says its outcome above, and its panels side by side."""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+        figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    entitle(figure, title)
     return figure, list(axes)
+
+
+def entitle(figure: Figure, title: str) -> None:
+    """Say the outcome above a figure."""
+    figure.suptitle(title, fontsize=12, fontweight="bold", x=0.01, ha="left")
 
 
 def band(
@@ -42,9 +49,11 @@ def band(
     write(axes, x[-1], middle[-1], label, colour, up=up)
 
 
-def write(axes: Axes, x: float, y: float, text: str, colour: str, *, right: float = 5, up: float = 0) -> None:
-    """Text beside a point, shifted by points to the right and up."""
+def write(
+    axes: Axes, x: float, y: float, text: str, colour: str, *, right: float = 5, up: float = 0, align: str = "left"
+) -> None:
+    """Text beside a point, shifted by points to the right and up; `align` says which end of the text is there."""
     axes.annotate(
-        text, (x, y), (right, up), textcoords="offset points", color=colour, va="center", annotation_clip=False,
-        ha="left" if right >= 0 else "right",
+        text, (x, y), (right, up), textcoords="offset points", color=colour, va="center", ha=align,
+        annotation_clip=False,
     )  # fmt: skip
