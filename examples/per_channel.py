@@ -77,24 +77,23 @@ def run(quick: bool, seeds: int) -> Result:
 
 def plot(result: Result) -> Figure:
     """Accuracy over shift."""
-    figure, (axes,) = new_figure("")
+    channel, pixel = (result[arm]["means"] for arm in ("channel", "pixel"))
     labels = {
-        "without": ("without batch norm", WITHOUT),
-        "channel": ("statistics of a channel\n({means} means)", WITH),
-        "pixel": ("statistics of a pixel\n({means} means)", THIRD),
+        "channel": (f"of a channel: {channel} means", WITH, 4),
+        "pixel": (f"of a pixel: {pixel} means", THIRD, 2),
+        "without": ("without batch norm", WITHOUT, -8),
     }
-    last = {}
-    for arm, (label, colour) in labels.items():
-        band(axes, result["shifts"], result[arm]["accuracies"], colour, label.format(**result[arm]))
-        last[arm] = median(accuracies[-1] for accuracies in result[arm]["accuracies"])
-    axes.set(xlabel="pixels by which held-out images are moved", ylabel="accuracy", xticks=result["shifts"])
-    axes.set_title("trained on images that are not moved; median and range of seeds", loc="left")
-    figure.suptitle(
-        f"Images moved by {result['shifts'][-1]} pixels: {last['channel']:.0%} with statistics of a channel,\n"
-        f"{last['pixel']:.0%} with those of a pixel, {last['without']:.0%} without batch norm",
-        fontsize=12,
-        fontweight="bold",
+    middle = {arm: [median(at) for at in zip(*result[arm]["accuracies"], strict=True)] for arm in labels}
+    figure, (axes,) = new_figure(
+        f"Statistics of {channel} channels do as well as of {pixel} pixels:\n"
+        f"{middle['channel'][0]:.1%} and {middle['pixel'][0]:.1%}; of images moved by {result['shifts'][-1]} pixels "
+        f"{middle['channel'][-1]:.0%} and {middle['pixel'][-1]:.0%}",
+        width=7.2,
     )
+    for arm, (label, colour, up) in labels.items():
+        band(axes, result["shifts"], result[arm]["accuracies"], colour, label, up=up)
+    axes.set(xlabel="pixels by which held-out images are moved", xticks=result["shifts"], ylim=(0, 1))
+    axes.set_ylabel("accuracy, median and range")
     return figure
 
 
