@@ -126,19 +126,19 @@ def plot(result: Result) -> Figure:
         f"Inserted batch norms change logits by {worst:.0e} of the largest,\nand {flipped} of {of} predictions"
     )
     rows = {
-        "insert: logits, torch": ("torch", "change", WITH),
-        "insert: logits, ONNX": ("onnx", "change", WITH),
-        "insert, fold: parameters, torch": ("torch", "parameters", THIRD),
-        "insert, fold: parameters, ONNX": ("onnx", "parameters", THIRD),
+        "logits after insert, torch": ("torch", "change", WITH),
+        "logits after insert, ONNX": ("onnx", "change", WITH),
+        "parameters after insert\nand fold, torch": ("torch", "parameters", THIRD),
+        "parameters after insert\nand fold, ONNX": ("onnx", "parameters", THIRD),
     }
     for row, (kind, what, colour) in enumerate(rows.values()):
         values = [max(entry[what], 1e-9) for entry in result[kind]]
         axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.6)
     axes.axvline(LIMIT, color=GREY, linestyle=":")
-    write(axes, LIMIT, -0.3, "limit", GREY)
+    write(axes, LIMIT, -0.8, f"target, {LIMIT:.0e}", GREY)
     axes.axvline(2**-24, color=GREY, linestyle=":")
-    write(axes, 2**-24, -0.3, "one rounding\nof float32", GREY)
-    axes.set(xscale="log", xlim=(1e-9, 1e-4), ylim=(len(rows) - 0.5, -0.7), xlabel="largest change / largest value")
+    write(axes, 2**-24, -0.8, "one rounding of float32", GREY)
+    axes.set(xscale="log", xlim=(1e-8, 1e-4), ylim=(len(rows) - 0.5, -1.1), xlabel="largest change / largest value")
     axes.set_yticks(range(len(rows)), list(rows))
     return figure
 

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from matplotlib.figure import Figure
+from threadpoolctl import threadpool_limits
 
 import pybn
 from examples.data import mnist_pixels
@@ -26,7 +27,7 @@ from examples.training import batches
 
 PIXELS, HIDDEN, CLASSES = 28 * 28, 128, 10
 ARMS = ("divided", "raw", "channel", "pixel")
-RATES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0]
+RATES = [1e-6, 1e-5, 1e-4, 1e-2, 0.1, 0.3, 1.0]
 
 
 class Linear:
@@ -100,7 +101,8 @@ def trained(arm: str, rate: float, seed: int, steps: int) -> Network:
     """A network after its training, in evaluation."""
     images, labels, _, _ = load(arm, seed)
     network = Network(arm, np.random.default_rng(seed))
-    with np.errstate(all="ignore"):  # too high a rate ends in NaN
+    # One thread, as the other process has the other core; and too high a rate ends in NaN.
+    with threadpool_limits(1), np.errstate(all="ignore"):
         for batch in batches(len(images), 64, steps, seed):
             chosen = batch.numpy()
             network.backward(cross_entropy_gradient(network(images[chosen]), labels[chosen]))
