@@ -18,6 +18,14 @@ CLAIMS = (
     "regularization",
     "small_batches",
     "placement",
+    "per_channel",
+    "raw_inputs",
+    "recurrent",
+    "batch_mates",
+    "conv_bias",
+    "inference_statistics",
+    "insertion",
+    "inference_time",
 )
 
 

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 import pybn
+from examples.figures import save
 
 Result = dict[str, Any]
 Run = Callable[[bool, int], Result]
@@ -89,7 +90,7 @@ def perform(name: str, run: Run, plot: Plot, *, quick: bool, seeds: int, folder:
     seconds = time.perf_counter() - start
     figure = plot(result)
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png")
+    save(figure, folder / f"{name}.png")
     _add_to(folder / "results.json", name, result)
     print(f"{name}: {' '.join(figure.get_suptitle().split())} ({seconds:.0f} s)", flush=True)
 

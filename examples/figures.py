@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 WITH, WITHOUT = "#0072B2", "#D55E00"
@@ -32,6 +35,13 @@ def new_figure(
         axes = figure.subplots(1, panels, squeeze=False)[0]
     entitle(figure, title)
     return figure, list(axes)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture of 64 colours, a third of the size."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer)
+    Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def entitle(figure: Figure, title: str) -> None:

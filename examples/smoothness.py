@@ -146,7 +146,7 @@ def plot(result: Result) -> Figure:
     medians = result["medians"][f"{result['rate']:g}"]
     ratio = medians["without"]["loss range"]["median"] / medians["with"]["loss range"]["median"]
     noisy = medians["without"]["loss range"]["median"] / medians["noisy"]["loss range"]["median"]
-    title = f"Along the gradient the loss ranges {ratio:.2g} times less with batch norm, {noisy:.2g} with noise after"
+    title = f"Along the gradient the loss ranges {ratio:.2g} times less with batch norm, {noisy:.2g} with noise added"
     figure, panels = new_figure(title, 2, width=8.5)
     for axes, name in zip(panels, MEASURES, strict=False):
         for arm, colour in COLOURS.items():
