@@ -134,10 +134,13 @@ def run(quick: bool, seeds: int) -> Result:
 
 def plot(result: Result) -> Figure:
     """Accuracy over steps, by statistic."""
-    stale, fresh = (result[name]["median"] for name in ("moving average, 0.01", "re-estimated"))
+    stale, fresh = (
+        [median(at) for at in zip(*result[name]["accuracies"], strict=True)]
+        for name in ("moving average, 0.01", "re-estimated")
+    )
     figure, (axes,) = new_figure(
-        f"After {result['steps']} steps a slow moving average is stale: {stale:.1%},\n"
-        f"with re-estimated statistics {fresh:.1%}",
+        f"A slow moving average is stale: {stale[0]:.1%} after {result['every']} steps,\n"
+        f"{fresh[0]:.1%} with re-estimated statistics; after {result['steps']} {stale[-1]:.1%} and {fresh[-1]:.1%}",
         width=7.2,
     )
     colours = dict(zip(STATISTICS, (FIFTH, GREY, WITH, THIRD, FOURTH), strict=True))
@@ -146,7 +149,7 @@ def plot(result: Result) -> Figure:
         steps = [result["every"] * (number + 1) for number in range(len(runs[0]))]
         band(axes, steps, runs, colour)
         axes.plot(steps[-1], result[name]["median"], "o", color=colour, label=f"{name}: {result[name]['median']:.1%}")
-    axes.set(xlabel="step", ylabel="accuracy on held-out images", ylim=(0, 1))
+    axes.set(xlabel="step", ylabel="accuracy on held-out images")
     axes.legend(frameon=False, labelcolor="linecolor", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
