@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from examples.data import Split
 from examples.experiment import Result, main, sweep
-from examples.figures import THIRD, WITH, WITHOUT, new_figure, write
+from examples.figures import THIRD, WITH, WITHOUT, new_figure
 from examples.networks import seeded
 from examples.training import accuracy, train
 from pybn.torch import BatchNorm1d, SequenceBatchNorm
@@ -152,11 +152,8 @@ def plot(result: Result) -> Figure:
     per_step = np.array(result["per step"]["deviations"])[:, : result["common"]]
     by_step.fill_between(steps, per_step.min(0), per_step.max(0), color=WITH, alpha=0.2, linewidth=0)
     by_step.plot(steps, np.median(per_step, 0), color=WITH, linewidth=2)
-    pooled = float(np.median(result["pooled"]["deviations"]))
-    by_step.axhline(pooled, color=THIRD, linewidth=2)
-    write(by_step, 8, pooled, "of all steps together", THIRD, up=10)
-    write(by_step, 8, float(np.median(per_step, 0)[7]), "of every step", WITH, up=-22)
-    by_step.set(xlabel="time step", ylabel="deviation used in evaluation", title="recurrent term", ylim=(0, None))
+    by_step.set(xlabel="time step", ylabel="deviation of the recurrent term", ylim=(0, None))
+    by_step.set_title("with statistics of every step")
     colours = {"per step": WITH, "pooled": THIRD, "without": WITHOUT}
     for row, (arm, colour) in enumerate(colours.items()):
         accuracies = result[arm]["accuracies"]
