@@ -28,7 +28,7 @@ from pybn.torch import BatchNorm1d
 
 ACTIVATIONS = {"sigmoid": nn.Sigmoid, "ReLU": nn.ReLU}
 ARMS = {"without": None, "with": BatchNorm1d}
-RATES = [0.1, 0.3, 1.0, 3.0, 10.0]
+RATES = [0.1, 0.3, 1.0, 3.0]
 TARGETS = [0.8, 0.9, 0.93]
 EVERY = 20  # steps between two looks at the accuracy
 
