@@ -1,7 +1,7 @@
 """Claim: with batch norm, initialization matters less.
 
 Three hidden layers of 100 ReLUs on 4000 MNIST images for 250 steps of 64; every weight drawn with the same standard
-deviation, from 0.001 to 1 (He's rule would give 0.05 to the first layer and 0.14 to the others), every bias 0. At each
+deviation, from 0.01 to 1 (He's rule would give 0.05 to the first layer and 0.14 to the others), every bias 0. At each
 of them both arms choose from the same learning rates, by median accuracy over seeds. Reported: accuracy on 1000
 held-out images.
 
@@ -25,8 +25,8 @@ from examples.training import accuracy, train
 from pybn.torch import BatchNorm1d
 
 ARMS: dict[str, Callable[[int], nn.Module] | None] = {"without": None, "with": BatchNorm1d}
-RATES = [0.03, 0.3, 2.0]
-SCALES = [0.001, 0.01, 0.03, 0.1, 0.3, 1.0]
+RATES = [0.003, 0.03, 0.3, 2.0]
+SCALES = [0.01, 0.03, 0.1, 0.3, 1.0]
 
 
 def network(arm: str, scale: float) -> nn.Module:
@@ -66,17 +66,16 @@ def plot(result: Result) -> Figure:
     """Accuracy over the scale."""
     figure, (axes,) = new_figure()
     scales = result["scales"]
-    learned = {}
+    worst = {}
     for arm, colour in (("with", WITH), ("without", WITHOUT)):
         runs = [entry["accuracies"] for entry in result[arm]]
         band(axes, scales, list(zip(*runs, strict=True)), colour, f"{arm}\nbatch norm")
-        learned[arm] = sum(median(run) > 0.8 for run in runs)
+        worst[arm] = min(median(run) for run in runs)
     axes.set(
         xscale="log", ylim=(0, 1), xlabel="standard deviation of the initial weights",
         ylabel="accuracy on held-out images", title="the best learning rate at each; line: median, band: all seeds",
     )  # fmt: skip
-    title = f"It learns from {learned['with']} of {len(scales)} scales with batch norm, {learned['without']} without"
-    entitle(figure, title)
+    entitle(figure, f"From the worst scale: {worst['with']:.0%} with batch norm, {worst['without']:.0%} without")
     return figure
 
 

@@ -32,7 +32,7 @@ ARMS = {
     "batch norm": (BatchNorm1d, 0.0),
     "both": (BatchNorm1d, 0.5),
 }
-RATES = [0.03, 0.1, 0.3]
+RATES = [0.1, 0.3, 1.0]
 TRAINED_ON, CHOSEN_ON = slice(0, 500), slice(500, 1500)
 
 
@@ -77,7 +77,7 @@ def plot(result: Result) -> Figure:
     """Every seed's accuracy on images it was trained on and on others, one row an arm."""
     test = {arm: median(entry["test"]) for arm, entry in result["arms"].items()}
     gain = {arm: 100 * (test[arm] - test["neither"]) for arm in ("batch norm", "dropout", "both")}
-    title = "Points of accuracy gained: " + ", ".join(f"{arm} {points:+.1f}" for arm, points in gain.items())
+    title = "Points gained: " + ", ".join(f"{arm} {points:+.1f}" for arm, points in gain.items())
     figure, (axes,) = new_figure(title, height=3)
     rows = list(reversed(result["arms"]))
     for row, arm in enumerate(rows):
