@@ -85,7 +85,7 @@ def plot(result: Result) -> Figure:
                 up, align = (26, "center") if arm == "with" else (-24, "left")
                 write(axes, reached[arm], 0.9, text, colour, right=0, up=up, align=align)
             else:
-                write(axes, looks[1], 0.1, f"{arm}: not in {result['steps']} steps", colour, up=14)
+                write(axes, looks[0], 0.1, f"{arm}: not in {result['steps']} steps", colour, right=40, up=14)
         axes.set(xlabel="step", title=activation, ylim=(0, 1.15), xscale="log")
         if None not in reached.values():
             outcomes.append(f"{reached['without'] / reached['with']:.2g} times sooner with batch norm ({activation})")

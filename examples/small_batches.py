@@ -92,8 +92,8 @@ def plot(result: Result) -> Figure:
     """Accuracy over the batch size."""
     sizes = result["batch_sizes"]
     arms = result["arms"]
-    at_two = {arm: median(arms[arm][sizes.index(2)]["accuracies"]) for arm in ("batch norm", "renorm", "virtual")}
-    title = "Batches of 2: " + ", ".join(f"{arm} {reached:.0%}" for arm, reached in at_two.items())
+    single = {arm: median(arms[arm][sizes.index(1)]["accuracies"]) for arm in arms if arm != "ghost"}  # batch norm's
+    title = "Single images: " + ", ".join(f"{arm} {reached:.0%}" for arm, reached in single.items())
     figure, (axes,) = new_figure(title)
     for number, (arm, entries) in enumerate(arms.items()):
         places = [place + 0.12 * (number - 2) for place in range(len(sizes))]
