@@ -101,14 +101,14 @@ def plot(result: Result) -> Figure:
     moved = median(run[at] for run in result["batch norm"]["classes"])
     virtual = max(itertools.chain(*result["virtual batch norm"]["classes"]))
     figure, (axes,) = new_figure(
-        f"Other batch-mates change the class of {moved:.1%} of images in batches of {result['sizes'][at]},\n"
-        f"with virtual batch norm of {virtual:.1%}"
+        f"In batches of {result['sizes'][at]} other batch-mates change {moved:.1%} of classes,\n"
+        f"with virtual batch norm {virtual:.1%}"
     )
     percent = {arm: [[100 * share for share in run] for run in result[arm]["classes"]] for arm in ARMS}
     band(axes, result["sizes"], percent["batch norm"], WITH, "batch norm\nas in training", up=8)
     bits = max(itertools.chain(*result["virtual batch norm"]["bits"]))
-    label = "virtual batch norm:\nevery bit the same" if bits == 0 else "virtual batch norm"
-    band(axes, result["sizes"], percent["virtual batch norm"], THIRD, label, up=-8)
+    label = "virtual batch norm,\nevery bit the same" if bits == 0 else "virtual batch norm"
+    band(axes, result["sizes"], percent["virtual batch norm"], THIRD, label)
     axes.set(xscale="log", xlabel="batch size", ylabel="% of images that change class")
     axes.set_xticks(result["sizes"], [str(size) for size in result["sizes"]], minor=False)
     axes.minorticks_off()

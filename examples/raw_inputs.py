@@ -27,7 +27,7 @@ from examples.training import batches
 
 PIXELS, HIDDEN, CLASSES = 28 * 28, 128, 10
 ARMS = ("divided", "raw", "channel", "pixel")
-RATES = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0]
+RATES = [1e-5, 1e-4, 3e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0]
 
 
 class Linear:
