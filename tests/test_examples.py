@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from examples.data import digits, mnist, mnist_pixels
 from examples.networks import cnn, mlp, seeded
 from examples.placement import network
 from pybn.torch import BatchNorm1d, BatchNorm2d
+
+CLONE = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -30,6 +33,14 @@ def test_claims_run_and_leave_a_figure_and_numbers(name, tmp_path):
     assert found[name]
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_the_page_shows_every_claim_from_the_full_run(name):
+    assert f"](figures/{name}.png)" in (CLONE / "docs" / "what-batch-norm-does.md").read_text()
+    figure = CLONE / "docs" / "figures" / f"{name}.png"
+    assert 5_000 < figure.stat().st_size < 60_000
+    assert name in json.loads((CLONE / "docs" / "figures" / "results.json").read_text())
 
 
 def test_splits_are_balanced_and_disjoint():
