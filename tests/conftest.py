@@ -4,10 +4,14 @@ import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 # Read when OpenMP is loaded, so before pybn and torch are: idle threads that spin would take the cores of the other
 # workers of `pytest -n auto`.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# For `examples`; at the end, as pybn in the clone has no compiled core.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import ml_dtypes
 import numpy as np
