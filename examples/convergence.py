@@ -85,8 +85,11 @@ def plot(result: Result) -> Figure:
                 up, align = (26, "center") if arm == "with" else (-24, "left")
                 write(axes, reached[arm], 0.9, text, colour, right=0, up=up, align=align)
             else:
-                write(axes, looks[0], 0.1, f"{arm}: not in {result['steps']} steps", colour, right=40, up=14)
+                write(axes, looks[-1], 0.05, f"{arm}: not in {result['steps']} steps", colour, right=0, align="right")
         axes.set(xlabel="step", title=activation, ylim=(0, 1.15), xscale="log")
+        ticks = [20, 50, 100, 200, 400, 800]
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xticks([], minor=True)
         if None not in reached.values():
             outcomes.append(f"{reached['without'] / reached['with']:.2g} times sooner with batch norm ({activation})")
         elif reached["with"] is not None:
