@@ -93,7 +93,8 @@ def plot(result: Result) -> Figure:
     sizes = result["batch_sizes"]
     arms = result["arms"]
     single = {arm: median(arms[arm][sizes.index(1)]["accuracies"]) for arm in arms if arm != "ghost"}  # batch norm's
-    title = "Single images: " + ", ".join(f"{arm} {reached:.0%}" for arm, reached in single.items())
+    outcomes = [f"{arm} {reached:.0%}" for arm, reached in single.items()]
+    title = f"Single images: {', '.join(outcomes[:2])},\n{', '.join(outcomes[2:])}"
     figure, (axes,) = new_figure(title)
     for number, (arm, entries) in enumerate(arms.items()):
         places = [place + 0.12 * (number - 2) for place in range(len(sizes))]
