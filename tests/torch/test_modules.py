@@ -1,6 +1,7 @@
 """The layers: everything that works with torch's own works with ours, and with the same results."""
 
 import copy
+import gc
 import io
 import pickle
 
@@ -397,6 +398,9 @@ def test_distributed_data_parallel_trains_it_as_torchs_layer():
         torch.testing.assert_close(layer.weight.grad, stock.weight.grad, rtol=1e-4, atol=1e-4)
         assert_same_state(layer, stock)
     finally:
+        # Freed later, by Python, it would wait for its thread while that waits for Python: a rare deadlock.
+        parallel = None
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
