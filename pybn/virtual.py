@@ -39,14 +39,64 @@ class _Reference:
 
 
 @dataclass(eq=False)
-class _Examples:
-    """What the backward pass of some examples needs; statistics have shape (N, C)."""
+class Union:
+    """What the backward pass of examples needs that were normalized with the reference batch; arrays are (N, C)."""
 
     saved: Saved
-    shape: tuple[int, ...]
-    reference: _Reference | None
     own: float  # the part that an example's own values have in the statistics it is normalized with
     offset: Array  # its mean, seen from the reference's
+
+    def reference_gradients(self, weight: Array | None, by_std: Array, sum_dy: Array) -> tuple[Array, Array]:
+        """Gradients (C,) of the reference's mean and variance, from those of each example's weight and bias (N, C)."""
+        invstd = self.saved.invstd.reshape(by_std.shape)
+        scale = invstd if weight is None else weight.astype(np.float64) * invstd
+        var_grad = -0.5 * scale * invstd * by_std
+        mean_grad = -(scale * sum_dy) - 2 * self.own * self.offset * var_grad
+        return (1 - self.own) * mean_grad.sum(axis=0), (1 - self.own) * var_grad.sum(axis=0)
+
+
+def normalize(
+    planes: Array,
+    examples: int,
+    reference: tuple[Array, Array, int],
+    weight: Array | None,
+    bias: Array | None,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+    residual: Array | None,
+    out: Array | None,
+) -> tuple[Array, Union]:
+    """Every example with the moments of its union with the reference batch (mean, variance, values per channel).
+
+    planes, residual and out have shape (1, N * C, values).
+    """
+    reference_mean, reference_var, reference_count = reference
+    channels = len(reference_mean)
+    if planes.size:
+        mean, var, count = batch_norm_stats(planes)
+    else:
+        mean, var, count = np.zeros(examples * channels), np.zeros(examples * channels), 1
+    own = count / (reference_count + count)
+    offset = mean.reshape(examples, channels) - reference_mean  # and now Chan's formula
+    mean = reference_mean + own * offset
+    var = (1 - own) * (reference_var + own * offset**2) + own * var.reshape(examples, channels)
+    scale = np.ones(channels) if weight is None else weight.astype(np.float64)
+    shift = np.zeros(channels) if bias is None else bias.astype(np.float64)
+    y, saved = apply(
+        planes, mean.ravel(), var.ravel(), np.tile(scale, examples), np.tile(shift, examples), eps, activation,
+        negative_slope, residual, 1, out, training=True, count=reference_count + count,
+    )  # fmt: skip
+    return y, Union(saved, own, offset)
+
+
+@dataclass(eq=False)
+class _Examples:
+    """What the backward pass of some examples needs, and the reference batch whose gradients it adds to."""
+
+    union: Union
+    shape: tuple[int, ...]
+    reference: _Reference | None
 
 
 class VirtualBatchNorm(_BatchNorm):
@@ -171,27 +221,15 @@ class VirtualBatchNorm(_BatchNorm):
             out = _arrays.output("out", out, x, {"x": x, "residual": residual})
         if self.check_finite:
             require_finite(x, axis)
-        examples, channels = len(x), self.num_features
         planes = _planes(x, axis)
-        if x.size:
-            mean, var, count = batch_norm_stats(planes)
-        else:
-            mean, var, count = np.zeros(examples * channels), np.zeros(examples * channels), 1
-
-        # The moments of the union, by Chan's formula.
-        own = count / (int(self.reference_count) + count)
-        offset = mean.reshape(examples, channels) - self.reference_mean
-        mean = self.reference_mean + own * offset
-        var = (1 - own) * (self.reference_var + own * offset**2) + own * var.reshape(examples, channels)
-        weight = np.ones(channels) if self.weight is None else self.weight.astype(np.float64)
-        bias = np.zeros(channels) if self.bias is None else self.bias.astype(np.float64)
         target = None if out is None else _planes(out, axis)
-        y, saved = apply(
-            planes, mean.ravel(), var.ravel(), np.tile(weight, examples), np.tile(bias, examples), self.eps,
-            self.activation, self.negative_slope, None if residual is None else _planes(residual, axis), 1,
-            target if out is not None and np.may_share_memory(target, out) else None, training=True, count=count / own,
+        reference = (self.reference_mean, self.reference_var, int(self.reference_count))
+        y, union = normalize(
+            planes, len(x), reference, self.weight, self.bias, self.eps, self.activation, self.negative_slope,
+            None if residual is None else _planes(residual, axis),
+            target if out is not None and np.may_share_memory(target, out) else None,
         )  # fmt: skip
-        self._saved = _Examples(saved, x.shape, self._reference, own, offset)
+        self._saved = _Examples(union, x.shape, self._reference)
         return _from_planes(y, x.shape, axis, out)
 
     def _gradients(self, dy: npt.ArrayLike, saved: Any, out: Array | None) -> Gradients:
@@ -203,20 +241,15 @@ class VirtualBatchNorm(_BatchNorm):
         if out is not None:
             out = _arrays.output("out", out, dy, {"dy": dy})
         examples, axis = len(dy), 1 if self.channel_axis == 1 else dy.ndim - 1
-        dx, by_std, sum_dy, dresidual = batch_norm_backward(_planes(dy, axis), saved.saved)
+        dx, by_std, sum_dy, dresidual = batch_norm_backward(_planes(dy, axis), saved.union.saved)
         assert dx is not None
         assert by_std is not None
         assert sum_dy is not None
         by_std, sum_dy = by_std.reshape(examples, self.num_features), sum_dy.reshape(examples, self.num_features)
         if saved.reference is not None:
-            weight = 1.0 if self.weight is None else self.weight.astype(np.float64)
-            scale = weight * saved.saved.invstd.reshape(examples, self.num_features)
-            var_grad = -0.5 * scale * saved.saved.invstd.reshape(examples, self.num_features) * by_std
-            of_reference = 1 - saved.own
-            saved.reference.var_grad += of_reference * var_grad.sum(axis=0)
-            saved.reference.mean_grad -= of_reference * (
-                (scale * sum_dy).sum(axis=0) + 2 * saved.own * (saved.offset * var_grad).sum(axis=0)
-            )
+            mean_grad, var_grad = saved.union.reference_gradients(self.weight, by_std, sum_dy)
+            saved.reference.mean_grad += mean_grad
+            saved.reference.var_grad += var_grad
         return Gradients(
             _from_planes(dx, dy.shape, axis, out),
             by_std.sum(axis=0),

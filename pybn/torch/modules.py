@@ -10,7 +10,6 @@ from torch.compiler import is_compiling
 from torch.fx import Proxy
 
 from pybn import _arrays
-from pybn.torch import kernels
 from pybn.torch.functional import normalize
 
 _Layer = TypeVar("_Layer", bound="_BatchNorm")
@@ -134,7 +133,7 @@ class _BatchNorm(Activated):
         """
         if not isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             raise TypeError(f"module is a {type(module).__name__}, expected a batch norm layer of torch.nn")
-        kernels.activation_index(activation)
+        _arrays.activation(activation, negative_slope)
         layer = cls.__new__(cls)
         state = dict(module.__dict__)
         for name, value in state.items():

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pybn import _arrays, sequence
-from pybn.functional import apply, batch_norm_backward, batch_norm_stats
+from pybn import _arrays, sequence, virtual
+from pybn.functional import batch_norm_backward, batch_norm_stats
 from pybn.ghost import parts
 from pybn.layers import Observer
 from pybn.renorm import PAPER_DMAX, PAPER_RMAX, Schedule, corrections, value_of
@@ -76,9 +76,14 @@ class GhostBatchNorm(_Variant):
         track_running_stats: bool = True,
         device: Any = None,
         dtype: Any = None,
-        **activation: Any,
+        *,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **activation)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, activation=activation,
+            negative_slope=negative_slope,
+        )  # fmt: skip
         self.ghost_size = _arrays.at_least_one("ghost_size", ghost_size)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -125,9 +130,13 @@ class BatchRenorm(_Variant):
         *,
         rmax: Schedule = PAPER_RMAX,
         dmax: Schedule = PAPER_DMAX,
-        **activation: Any,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype, **activation)
+        super().__init__(
+            num_features, eps, momentum, affine, True, device, dtype, activation=activation,
+            negative_slope=negative_slope,
+        )  # fmt: skip
         value_of("rmax", rmax, 0, least=1)
         value_of("dmax", dmax, 0, least=0)
         self.rmax = rmax
@@ -185,9 +194,14 @@ class VirtualBatchNorm(_Variant):
         affine: bool = True,
         device: Any = None,
         dtype: Any = None,
-        **activation: Any,
+        *,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> None:
-        super().__init__(num_features, eps, 0.1, affine, False, device, dtype, **activation)
+        super().__init__(
+            num_features, eps, 0.1, affine, False, device, dtype, activation=activation,
+            negative_slope=negative_slope,
+        )  # fmt: skip
         self.register_buffer("reference_mean", torch.zeros(num_features, dtype=torch.float64, device=device))
         self.register_buffer("reference_var", torch.ones(num_features, dtype=torch.float64, device=device))
         self.register_buffer("reference_count", torch.zeros((), dtype=torch.int64, device=device))
@@ -244,21 +258,10 @@ class _Virtual(torch.autograd.Function):
         activation: str | None,
         negative_slope: float,
     ) -> Tensor:
-        examples, channels = x.shape[:2]
-        planes, summand = _planes(x), None if residual is None else _planes(residual)
-        empty = (np.zeros(examples * channels), np.zeros(examples * channels), 1)
-        of_x, var_of_x, values = batch_norm_stats(planes) if planes.size else empty
-        own = values / (count + values)
-        offset = of_x.reshape(examples, channels) - mean.numpy()
-        union = (1 - own) * (var.numpy() + own * offset**2) + own * var_of_x.reshape(examples, channels)
-        scale = np.ones(channels) if weight is None else weight.detach().double().numpy()
-        shift = np.zeros(channels) if bias is None else bias.detach().double().numpy()
-        y, ctx.kept = apply(
-            planes, (mean.numpy() + own * offset).ravel(), union.ravel(), np.tile(scale, examples),
-            np.tile(shift, examples), eps, activation, negative_slope, summand, 1, None, training=True,
-            count=count + values,
+        y, ctx.union = virtual.normalize(
+            _planes(x), len(x), (mean.numpy(), var.numpy(), count), _numpy(weight), _numpy(bias), eps, activation,
+            negative_slope, None if residual is None else _planes(residual), None,
         )  # fmt: skip
-        ctx.own, ctx.offset, ctx.scale = own, offset, scale
         ctx.settings = (count, eps, activation, negative_slope)
         ctx.save_for_backward(x, residual, weight, bias, mean, var)
         return torch.from_numpy(y.reshape(tuple(x.shape))).to(x.dtype)
@@ -271,24 +274,25 @@ class _Virtual(torch.autograd.Function):
             wanted = [value for value, needs in zip(inputs, ctx.needs_input_grad, strict=False) if needs]
             found = iter(torch.autograd.grad(_composite(*inputs, *ctx.settings), wanted, dy, create_graph=True))
             return (*(next(found) if needs else None for needs in ctx.needs_input_grad[:6]), *[None] * 4)
-        examples, channels = x.shape[:2]
-        dx, by_std, sum_dy, dz = batch_norm_backward(_planes(dy), ctx.kept)
+        dx, by_std, sum_dy, dz = batch_norm_backward(_planes(dy), ctx.union.saved)
         assert dx is not None
         assert by_std is not None
         assert sum_dy is not None
-        by_std, sum_dy = by_std.reshape(examples, channels), sum_dy.reshape(examples, channels)
-        invstd = ctx.kept.invstd.reshape(examples, channels)
-        var_grad = -0.5 * ctx.scale * invstd**2 * by_std
-        mean_grad = -(ctx.scale * invstd * sum_dy) - 2 * ctx.own * ctx.offset * var_grad
+        by_std, sum_dy = by_std.reshape(x.shape[:2]), sum_dy.reshape(x.shape[:2])
+        mean_grad, var_grad = ctx.union.reference_gradients(_numpy(weight), by_std, sum_dy)
         return (
             torch.from_numpy(dx.reshape(tuple(x.shape))).to(x.dtype),
             None if residual is None or dz is None else torch.from_numpy(dz.reshape(tuple(x.shape))).to(x.dtype),
             None if weight is None else torch.from_numpy(by_std.sum(0)).to(weight.dtype),
             None if bias is None else torch.from_numpy(sum_dy.sum(0)).to(bias.dtype),
-            torch.from_numpy((1 - ctx.own) * mean_grad.sum(0)),
-            torch.from_numpy((1 - ctx.own) * var_grad.sum(0)),
+            torch.from_numpy(mean_grad),
+            torch.from_numpy(var_grad),
             None, None, None, None,
         )  # fmt: skip
+
+
+def _numpy(parameter: Tensor | None) -> Any:
+    return None if parameter is None else values_of(parameter.detach())
 
 
 def _planes(x: Tensor) -> Any:
@@ -341,9 +345,13 @@ class SequenceBatchNorm(_Variant):
         dtype: Any = None,
         *,
         channel_axis: int = 1,
-        **activation: Any,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype, **activation)
+        super().__init__(
+            num_features, eps, momentum, affine, True, device, dtype, activation=activation,
+            negative_slope=negative_slope,
+        )  # fmt: skip
         if channel_axis not in (1, -1):
             raise ValueError(f"channel_axis is {channel_axis!r}, expected 1 or -1")
         self.max_steps = _arrays.at_least_one("max_steps", max_steps)
