@@ -232,18 +232,42 @@ def test_contenders_are_interleaved_each_after_a_copy():
     names = {"a": contender("a"), "b": contender("b"), "other": contender("other", "its own")}
     timings = measure(names, 5, lambda: calls.append("copy"))
     assert set(timings) == set(names)
-    assert all(timing.median > 0 for timing in timings.values())
-    assert calls.count("copy") == 10  # a turn of a and of b in each of five rounds
-    # After the estimates, which are two calls each, whoever runs in OpenMP's threads comes after a copy.
-    turns = [key for key, _ in itertools.groupby(calls[6:])]
-    assert all(turns[i - 1] == "copy" for i, name in enumerate(turns) if name in "ab")
+    assert all(timing.seconds > 0 and timing.ratio > 0 for timing in timings.values())
+    # After the estimates, which are two calls each, every turn comes after a copy, in each of five rounds.
+    turns = [key for key, _ in itertools.groupby(calls[8:])]
+    assert turns[::2] == ["copy"] * 15
+    assert all(sorted(turns[i : i + 6 : 2]) == ["a", "b", "other"] for i in range(1, 30, 6))
+
+
+def test_drift_of_the_machine_is_divided_out(monkeypatch):
+    now, slowness = [0.0], itertools.cycle([1, 1, 5, 3, 0.5])
+
+    def taking(seconds):
+        def call():
+            now[0] += seconds * slow[0]
+
+        return call
+
+    slow = [1.0]
+
+    def copy():  # in every turn one that is not timed, then one that is: half of them change the pace
+        copies.append(0)
+        if len(copies) % 2:
+            slow[0] = next(slowness)
+        taking(2)()
+
+    copies = []
+    monkeypatch.setattr("pybn.bench.measure.time.perf_counter", lambda: now[0])
+    contenders = {name: Contender(taking(seconds), lambda _: ()) for name, seconds in {"a": 3, "b": 8}.items()}
+    timings = measure(contenders, 7, copy)
+    assert (timings["a"].ratio, timings["b"].ratio) == (pytest.approx(1.5), pytest.approx(4))
 
 
 def test_a_slow_contender_has_fewer_turns_but_some(monkeypatch):
     monkeypatch.setattr("pybn.bench.measure.SLOW", 0.0)
     calls = []
     clock = iter(range(10**6))
-    seconds = {"fast": 1, "slow": 10**4}
+    seconds = {"copy": 2, "fast": 1, "slow": 10**4}
     now = [0.0]
 
     def contender(name):
@@ -254,11 +278,11 @@ def test_a_slow_contender_has_fewer_turns_but_some(monkeypatch):
         return Contender(call, lambda _: ())
 
     monkeypatch.setattr("pybn.bench.measure.time.perf_counter", lambda: now[0] + next(clock) * 1e-9)
-    timings = measure({name: contender(name) for name in seconds}, 12, lambda: None)
+    timings = measure({name: contender(name) for name in ("fast", "slow")}, 12, contender("copy").run)
     assert calls.count("fast") == 2 + 12
     assert calls.count("slow") == 2 + FEWEST_TURNS
-    assert timings["slow"].median == pytest.approx(10**4)
-    assert timings["fast"] == Timing(pytest.approx(1), pytest.approx(0, abs=1e-6))
+    assert timings["slow"].seconds == pytest.approx(10**4)
+    assert timings["fast"] == Timing(pytest.approx(1), pytest.approx(0.5), pytest.approx(0, abs=1e-6))
 
 
 # What is made of it
@@ -274,6 +298,7 @@ def fake_run(scale=1.0, shapes=((32, 64, 56, 56), (32, 64, 112, 112), (32, 512, 
         results.Measurement(
             Case(OPERATIONS[name], Shape(*shape), dtype, "nchw"),
             {who: value * ITEM_BYTES[dtype] / 4e3 for who, value in copies.items()},
+            copies,
             dict.fromkeys(copies, 0.01),
             {"openvino": "it has no training pass"},
         )
@@ -421,7 +446,7 @@ def test_a_quick_run_from_end_to_end(shapes, tmp_path, monkeypatch):
     assert "none of 16 figures is worse" in same.stdout
     impossible = {**json.loads(record.read_text())}
     for c in impossible["cases"]:
-        c["seconds"]["copy"] *= 1e6
+        c["ratios"]["copy"] *= 1e6
     record.write_text(json.dumps(impossible))
     worse = run("--compare", record)
     assert worse.exit_code == 1

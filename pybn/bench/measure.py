@@ -1,15 +1,17 @@
 """How contenders are timed.
 
-A shared machine drifts by more than the differences that matter, so contenders are interleaved: in every round each one
-has a turn, in a new random order, and what counts is the ratio of medians over the rounds. A turn is
+A shared machine drifts by more than the differences that matter: a copy takes 10 ms, and for half a second 20. So every
+call is timed right after a copy of the tensor, and what counts is the median, over the rounds, of the ratio of the two.
+In a round each contender has a turn, in a new random order:
 
 1. a copy of the tensor that the layer before would just have made (not timed), so that every contender finds the same
    cache and threads that are awake;
-2. the call, timed by `time.perf_counter`; if it takes less than `REPEAT_BELOW`, several in a row, and their mean.
+2. the same copy, timed by `time.perf_counter`;
+3. the call, timed. What takes less than `REPEAT_BELOW`, copy or call, is done several times in a row for its mean.
 
 Contenders of another thread pool than OpenMP's (onnxruntime, OpenVINO, JAX) have their turns together: idle threads of
-a pool spin for milliseconds and would disturb the next. `SETTLE` seconds pass before each such pool, and one call of
-the contender itself, not timed, takes the place of the copy, so that it starts with its own data in cache.
+a pool spin for milliseconds and would disturb the next. `SETTLE` seconds pass when the pool changes, before a copy and
+after it, and before such a contender is timed one call of its own puts its data in cache.
 
 Results are dropped inside the timed call, as a network drops them: memory that a contender allocates anew in every call
 costs it its page faults. A contender that is very slow has fewer turns. Garbage collection is off.
@@ -37,22 +39,27 @@ FEWEST_TURNS = 3
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: the median over the turns, and the distance of the quartiles relative to it."""
+    """Medians over the turns: seconds of a call, and their ratio to those of the copy before it.
 
-    median: float
+    `spread` is the distance of the seconds' quartiles, relative to the median.
+    """
+
+    seconds: float
+    ratio: float
     spread: float
 
 
 def measure(
-    contenders: Mapping[str, Contender], rounds: int, before: Callable[[], object], seed: int = 0
+    contenders: Mapping[str, Contender], rounds: int, copy: Callable[[], object], seed: int = 0
 ) -> dict[str, Timing]:
-    """Time all contenders in that many rounds; `before` is the copy that precedes a turn."""
+    """Time all contenders in that many rounds; `copy` is what precedes a turn."""
     rng = np.random.default_rng(seed)
-    estimates = {name: _estimate(contender) for name, contender in contenders.items()}
+    estimates = {name: _estimate(contender.run) for name, contender in contenders.items()}
     repeats = {name: _repeats(estimate) for name, estimate in estimates.items()}
+    copy_repeats = _repeats(_estimate(copy))
     strides = _strides(estimates, rounds)
     pools = sorted({contender.pool for contender in contenders.values()})
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -63,31 +70,33 @@ def measure(
                     for name, contender in contenders.items()
                     if contender.pool == pools[i] and number % strides[name] == 0
                 ]
-                if len(pools) > 1 and members:
-                    time.sleep(SETTLE)
-                for j in rng.permutation(len(members)):
+                for turn, j in enumerate(rng.permutation(len(members))):
                     contender = contenders[members[j]]
-                    warm = before if contender.pool == "openmp" else contender.run
-                    times[members[j]].append(_turn(contender, warm, repeats[members[j]]))
+                    if len(pools) > 1 and (turn == 0 or contender.pool != "openmp"):
+                        time.sleep(SETTLE)
+                    copy()
+                    of_copy = _seconds(copy, copy_repeats)
+                    if contender.pool != "openmp":
+                        time.sleep(SETTLE)
+                        contender.run()
+                    turns[members[j]].append((_seconds(contender.run, repeats[members[j]]), of_copy))
     finally:
         if collects:
             gc.enable()
-    return {name: _timing(values) for name, values in times.items()}
+    return {name: _timing(values) for name, values in turns.items()}
 
 
-def _turn(contender: Contender, warm: Callable[[], object], repeats: int) -> float:
-    run = contender.run
-    warm()
+def _seconds(run: Callable[[], object], repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         run()
     return (time.perf_counter() - start) / repeats
 
 
-def _estimate(contender: Contender) -> float:
+def _estimate(run: Callable[[], object]) -> float:
     """Return the time of the second call; the first may compile, or allocate once."""
-    contender.run()
-    return _turn(contender, lambda: None, 1)
+    run()
+    return _seconds(run, 1)
 
 
 def _repeats(estimate: float) -> int:
@@ -101,6 +110,7 @@ def _strides(estimates: Mapping[str, float], rounds: int) -> dict[str, int]:
     return {name: min(most, math.ceil(estimate / limit)) for name, estimate in estimates.items()}
 
 
-def _timing(values: list[float]) -> Timing:
-    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-    return Timing(float(median), float((high - low) / median))
+def _timing(turns: list[tuple[float, float]]) -> Timing:
+    seconds, copies = np.array(turns).T
+    low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75))
+    return Timing(float(median), float(np.median(seconds / copies)), float((high - low) / median))

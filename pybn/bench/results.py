@@ -13,33 +13,31 @@ import numpy as np
 from pybn.bench import ours
 from pybn.bench.cases import ITEM_BYTES, LAYOUTS, OPERATIONS, Case, Shape, UsageError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Median seconds of every contender of one case, by name; why the other peers are not among them; and who computed
-    something else than pybn, which is not timed.
+    """Times of every contender of one case, by name, as `measure.Timing` has them; why the other peers are not among
+    them; and who computed something else than pybn, which is not timed.
     """
 
     case: Case
     seconds: dict[str, float]
+    ratios: dict[str, float]
     spread: dict[str, float]
     unsupported: dict[str, str]
     wrong: dict[str, str] = field(default_factory=dict)
 
     def copies(self, name: str) -> float | None:
         """Time of a contender in copies of the tensor, None if it did not run; one thread against one thread's copy."""
-        if name not in self.seconds:
-            return None
-        unit = ours.COPY_ALONE if name == ours.OUT_ALONE else ours.COPY
-        return self.seconds[name] / self.seconds[unit]
+        return self.ratio(name, ours.COPY_ALONE if name == ours.OUT_ALONE else ours.COPY)
 
     def ratio(self, numerator: str, denominator: str) -> float | None:
         """Ratio of two contenders' times, None if one of them did not run."""
-        if numerator not in self.seconds or denominator not in self.seconds:
+        if numerator not in self.ratios or denominator not in self.ratios:
             return None
-        return self.seconds[numerator] / self.seconds[denominator]
+        return self.ratios[numerator] / self.ratios[denominator]
 
 
 @dataclass(frozen=True)
@@ -95,6 +93,7 @@ class Run:
                 "copies": {name: round(m.copies(name) or 0, 4) for name in m.seconds},
                 "speed": {peer: round(self.speed(m, peer) or 0, 4) for peer in self.peers if peer in m.seconds},
                 "seconds": m.seconds,
+                "ratios": m.ratios,
                 "spread": {name: round(value, 4) for name, value in m.spread.items()},
                 "unsupported": m.unsupported,
                 "wrong": m.wrong,
@@ -137,6 +136,7 @@ def _from_record(record: dict[str, Any]) -> Run:
         Measurement(
             Case(OPERATIONS[case["operation"]], _shape(case["shape"]), case["dtype"], case["layout"]),
             {name: float(value) for name, value in case["seconds"].items()},
+            {name: float(value) for name, value in case["ratios"].items()},
             dict(case["spread"]),
             dict(case["unsupported"]),
             dict(case["wrong"]),
