@@ -1,6 +1,6 @@
 """Every claim people make for batch norm, one after the other: all figures, and all numbers in results.json.
 
-In full about a quarter of an hour on two idle cores; docs/what-batch-norm-does.md is about what comes out.
+In full 12 minutes on two cores; docs/what-batch-norm-does.md is about what comes out.
 """
 
 from __future__ import annotations
