@@ -141,7 +141,7 @@ def _caption(run: Run, measurements: Sequence[Measurement]) -> str:
     threads = "1 thread" if run.threads == 1 else f"{run.threads} threads"
     return (
         "Red lines: the least memory traffic of each operation, beyond L2, in copies. Bars: geometric means over "
-        f"{listed}; each figure the median of {run.rounds} interleaved rounds, divided by that of a parallel copy of "
+        f"{listed}; each figure the median, over {run.rounds} interleaved rounds, of its ratio to a parallel copy of "
         f"the tensor. {environment.get('processor')}, {threads}, L2 {run.l2 >> 10} KiB per core, "
         f"{environment.get('instruction set')}; pybn {environment.get('pybn')} ({environment.get('compiler')})"
         f"{', ' + peers if peers else ''}, Python {environment.get('python')}. Made by `pybn bench --plot`."
