@@ -224,8 +224,8 @@ after_a_result_of_200_MB()  # starts the threads
 empty = resident()
 assert after_a_result_of_200_MB() < empty + 50
 pybn.torch.reuse_memory()
-for _ in range(3):
-    assert empty + 150 < after_a_result_of_200_MB() < empty + 250
+# 4 GB if none were used again; glibc's cache of small blocks can hold up to seven apart from what aligns them.
+assert all(empty + 150 < after_a_result_of_200_MB() < empty + 2000 for _ in range(20))
 pybn.torch.reuse_memory(False)
 assert resident() < empty + 50
 assert after_a_result_of_200_MB() < empty + 50
