@@ -27,7 +27,8 @@ def reuse_memory(enabled: bool = True) -> None:
     Parameters
     ----------
     enabled : bool
-        False gives free memory back to the system, now and from now on.
+        False gives free memory back to the system now, and glibc its defaults; what later fits into a hole between
+        blocks in use stays there, as ever.
 
     Raises
     ------
