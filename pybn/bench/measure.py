@@ -10,8 +10,8 @@ In a round each contender has a turn, in a new random order:
 3. the call, timed. What takes less than `REPEAT_BELOW`, copy or call, is done several times in a row for its mean.
 
 Contenders of another thread pool than OpenMP's (onnxruntime, OpenVINO, JAX) have their turns together: idle threads of
-a pool spin for milliseconds and would disturb the next. `SETTLE` seconds pass when the pool changes, before a copy and
-after it, and before such a contender is timed one call of its own puts its data in cache.
+a pool spin for milliseconds and would disturb the next. `SETTLE` seconds pass between a copy and such a contender, and
+between it and the next copy; and before it is timed one call of its own puts its data in cache.
 
 Results are dropped inside the timed call, as a network drops them: memory that a contender allocates anew in every call
 costs it its page faults. A contender that is very slow has fewer turns. Garbage collection is off.
@@ -22,7 +22,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,32 +58,37 @@ def measure(
     repeats = {name: _repeats(estimate) for name, estimate in estimates.items()}
     copy_repeats = _repeats(_estimate(copy))
     strides = _strides(estimates, rounds)
-    pools = sorted({contender.pool for contender in contenders.values()})
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    spins = False  # whether threads of another pool than OpenMP's may still do
     collects = gc.isenabled()
     gc.disable()
     try:
-        for number in range(rounds):
-            for i in rng.permutation(len(pools)):
-                members = [
-                    name
-                    for name, contender in contenders.items()
-                    if contender.pool == pools[i] and number % strides[name] == 0
-                ]
-                for turn, j in enumerate(rng.permutation(len(members))):
-                    contender = contenders[members[j]]
-                    if len(pools) > 1 and (turn == 0 or contender.pool != "openmp"):
-                        time.sleep(SETTLE)
-                    copy()
-                    of_copy = _seconds(copy, copy_repeats)
-                    if contender.pool != "openmp":
-                        time.sleep(SETTLE)
-                        contender.run()
-                    turns[members[j]].append((_seconds(contender.run, repeats[members[j]]), of_copy))
+        for name in _order(contenders, strides, rounds, rng):
+            contender = contenders[name]
+            if spins:
+                time.sleep(SETTLE)
+            copy()
+            of_copy = _seconds(copy, copy_repeats)
+            spins = contender.pool != "openmp"
+            if spins:
+                time.sleep(SETTLE)
+                contender.run()
+            turns[name].append((_seconds(contender.run, repeats[name]), of_copy))
     finally:
         if collects:
             gc.enable()
     return {name: _timing(values) for name, values in turns.items()}
+
+
+def _order(
+    contenders: Mapping[str, Contender], strides: Mapping[str, int], rounds: int, rng: np.random.Generator
+) -> Iterator[str]:
+    """Whose turn it is, round after round: pool by pool, both in random order."""
+    pools = sorted({contender.pool for contender in contenders.values()})
+    for number in range(rounds):
+        playing = [name for name in contenders if number % strides[name] == 0]
+        for pool in rng.permutation(pools):
+            yield from rng.permutation([name for name in playing if contenders[name].pool == pool])
 
 
 def _seconds(run: Callable[[], object], repeats: int) -> float:
