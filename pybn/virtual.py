@@ -221,12 +221,12 @@ class VirtualBatchNorm(_BatchNorm):
             out = _arrays.output("out", out, x, {"x": x, "residual": residual})
         if self.check_finite:
             require_finite(x, axis)
-        planes = _planes(x, axis)
-        target = None if out is None else _planes(out, axis)
+        planes = planes_of(x, axis)
+        target = None if out is None else planes_of(out, axis)
         reference = (self.reference_mean, self.reference_var, int(self.reference_count))
         y, union = normalize(
             planes, len(x), reference, self.weight, self.bias, self.eps, self.activation, self.negative_slope,
-            None if residual is None else _planes(residual, axis),
+            None if residual is None else planes_of(residual, axis),
             target if out is not None and np.may_share_memory(target, out) else None,
         )  # fmt: skip
         self._saved = _Examples(union, x.shape, self._reference)
@@ -241,7 +241,7 @@ class VirtualBatchNorm(_BatchNorm):
         if out is not None:
             out = _arrays.output("out", out, dy, {"dy": dy})
         examples, axis = len(dy), 1 if self.channel_axis == 1 else dy.ndim - 1
-        dx, by_std, sum_dy, dresidual = batch_norm_backward(_planes(dy, axis), saved.union.saved)
+        dx, by_std, sum_dy, dresidual = batch_norm_backward(planes_of(dy, axis), saved.union.saved)
         assert dx is not None
         assert by_std is not None
         assert sum_dy is not None
@@ -281,8 +281,8 @@ class VirtualBatchNorm(_BatchNorm):
         super().__setstate__({**state, "_reference": None})
 
 
-def _planes(x: Array, axis: int) -> Array:
-    """X as (1, N * C, values): every example and channel a channel of its own; a view if x is contiguous so."""
+def planes_of(x: Array, axis: int) -> Array:
+    """Values as (1, N * C, values): every example and channel a channel of its own; a view if x is contiguous so."""
     # Always contiguous, because the order of sums depends on the layout, which must not depend on N.
     planes = np.ascontiguousarray(np.moveaxis(x, axis, 1))
     return planes.reshape(1, planes.shape[0] * planes.shape[1], math.prod(planes.shape[2:]))

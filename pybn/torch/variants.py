@@ -6,7 +6,6 @@ sums are the same; gradients that are not written here are those that autograd f
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -292,12 +291,11 @@ class _Virtual(torch.autograd.Function):
 
 
 def _numpy(parameter: Tensor | None) -> Any:
-    return None if parameter is None else values_of(parameter.detach())
+    return None if parameter is None else values_of(parameter)
 
 
 def _planes(x: Tensor) -> Any:
-    """(1, N * C, values): every example and channel a channel of its own."""
-    return values_of(x.contiguous()).reshape(1, x.shape[0] * x.shape[1], math.prod(x.shape[2:]))
+    return virtual.planes_of(values_of(x), 1)
 
 
 def _composite(
