@@ -216,18 +216,19 @@ import pybn.torch
 def resident():  # MB
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
 
-def after_a_result_of_200_MB():
-    torch.ones(50_000_000)
+def after_a_result_of(megabytes):
+    torch.ones(250_000 * megabytes)
     return resident()
 
-after_a_result_of_200_MB()  # starts the threads
+after_a_result_of(400)  # starts the threads
 empty = resident()
-assert after_a_result_of_200_MB() < empty + 50
+assert after_a_result_of(40) < empty + 20
 pybn.torch.reuse_memory()
-# 4 GB if none were used again; glibc's cache of small blocks can hold up to seven apart from what aligns them.
-assert all(empty + 150 < after_a_result_of_200_MB() < empty + 2000 for _ in range(20))
+# 800 MB if none were used again; glibc's cache of small blocks can hold up to seven apart from what aligns them.
+assert all(empty + 30 < after_a_result_of(40) < empty + 400 for _ in range(20))
 pybn.torch.reuse_memory(False)
-assert resident() < empty + 50
+assert resident() < empty + 20
+assert after_a_result_of(400) < empty + 20  # that fits into none of the holes that the others have left
 """
 
 
