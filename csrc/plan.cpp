@@ -33,8 +33,8 @@ constexpr std::size_t kPrivateRunBytes = 1024;
 // Work of less than this is done sooner than another thread wakes (about 10 us).
 constexpr std::size_t kSerialBytes = 1 << 18;
 
-// What an application moves per task: some images together, as what is looked up per group of channels is 30 % of the
-// time of a single image of 512 7x7 planes; little enough to balance two threads.
+// What an application moves per task: images of small planes several at a time, because what is looked up per group of
+// channels takes as long as some of its planes; little enough to balance two threads.
 constexpr std::size_t kApplicationBytes = 1 << 20;
 
 // Tasks per thread that even out threads of unequal speed; fewer if they would be smaller than kTaskBytes, because
