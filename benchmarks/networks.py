@@ -76,8 +76,10 @@ VARIANTS = {
     "inference": ("stock", "torch.fx fuse", "accelerated", "fold", "fold" + REUSED),
     "memory": ("stock", "accelerated", "accelerated" + REUSED, "in place"),
 }
-# Steps of which the largest memory is measured: freed memory is in pieces after the first.
+# Steps of which the largest memory is measured: freed memory is in pieces after the first. In which pieces differs from
+# one process to the next, so a figure is the median of some.
 MEMORY_STEPS = 3
+MEMORY_PROCESSES = 5
 
 
 # ---- what is timed
@@ -337,7 +339,10 @@ def measure_memory(names: Sequence[str]) -> list[Peak]:
         megabytes = {}
         for variant in VARIANTS["memory"]:
             command = [sys.executable, __file__, "--peak", name, variant]
-            megabytes[variant] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            megabytes[variant] = statistics.median(
+                float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                for _ in range(MEMORY_PROCESSES)
+            )
         peaks.append(Peak(f"{IN_MEMORY[name]}, {'x'.join(map(str, NETWORKS[name].shape))}", megabytes))
         print(peak_cells(peaks[-1]), file=sys.stderr, flush=True)
     return peaks

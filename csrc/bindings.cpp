@@ -373,10 +373,11 @@ void elemt(const py::array& x, py::array y, py::ssize_t axis, NormalizationArray
   });
 }
 
-// sum_dy and sum_dy_xmu, of shape (2, C).
+// sum_dy and sum_dy_xmu, of shape (2, C). Where a leaky ReLU has `overwritten` z, x is its output.
 Doubles backward(const py::array& dy, const py::array& x, py::array dx, std::optional<py::array> dresidual,
                  py::ssize_t axis, NormalizationArrays arrays, ActivationArguments activation,
-                 const std::optional<py::array>& residual, const std::optional<py::array>& mask, bool training) {
+                 const std::optional<py::array>& residual, const std::optional<py::array>& mask, bool training,
+                 bool overwritten) {
   const Problem problem(axis, {&x, &dy, &dx, pointer(dresidual), pointer(residual)});
   const std::size_t channels = problem.channels();
   Doubles sums = new_pair(channels);
@@ -384,7 +385,11 @@ Doubles backward(const py::array& dy, const py::array& x, py::array dx, std::opt
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     const Normalization<T> n = view<T>(arrays, channels);
-    const Fusion<T> f = fusion<T>(problem, activation, pointer(residual), pointer(mask));
+    Fusion<T> f = fusion<T>(problem, activation, pointer(residual), pointer(mask));
+    if (overwritten) {
+      require(f.activation == Activation::leaky_relu && !residual && !mask, "an activation that cannot be inverted");
+      f.activation = Activation::overwritten_leaky_relu;
+    }
     const GradientOperands<T> operands{problem.input<T>(&dy), problem.input<T>(&x), problem.output<T>(&dx),
                                        problem.output<T>(pointer(dresidual))};
     double* sum_dy = sums.mutable_data();
@@ -591,7 +596,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("normalization", &normalization, "like"_a, "mean"_a, "var"_a, "weight"_a, "bias"_a, "eps"_a);
   m.def("elemt", &elemt, "x"_a, "y"_a, "axis"_a, "normalization"_a, "activation"_a, "residual"_a);
   m.def("backward", &backward, "dy"_a, "x"_a, "dx"_a, "dresidual"_a, "axis"_a, "normalization"_a, "activation"_a,
-        "residual"_a, "mask"_a, "training"_a);
+        "residual"_a, "mask"_a, "training"_a, "overwritten"_a = false);
   m.def("backward_reduce", &backward_reduce, "dy"_a, "x"_a, "axis"_a, "normalization"_a, "activation"_a, "residual"_a,
         "mask"_a);
   m.def("backward_elemt", &backward_elemt, "dy"_a, "x"_a, "dx"_a, "dresidual"_a, "axis"_a, "normalization"_a,

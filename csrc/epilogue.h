@@ -69,7 +69,7 @@ PYBN_INLINE Sigmoid<Vec<A, N>> sigmoid(Vec<A, N> z) {
 
 // What a backward pass reads besides dy; an activation overrides what it needs.
 struct ReadsNothing {
-  static constexpr bool kReadsZ = false, kReadsResidual = false, kReadsMask = false;
+  static constexpr bool kReadsZ = false, kReadsResidual = false, kReadsMask = false, kReadsOutput = false;
 };
 
 struct Identity : ReadsNothing {
@@ -119,6 +119,23 @@ struct Masked : ReadsNothing {
   PYBN_INLINE Vec<A, N> backward_masked(Ints<A, N> passes, Vec<A, N> dy) const {
     if (is_leaky) return passes ? dy : dy * constant<Vec<A, N>>(negative_slope);
     return passes ? dy : Vec<A, N>{};
+  }
+};
+
+// The backward pass of a leaky ReLU that has overwritten its input: z is computed from its output, and x is z.
+struct OverwrittenLeakyRelu : ReadsNothing {
+  static constexpr bool kReadsZ = true, kReadsOutput = true;
+  double negative_slope;
+  template <class T>
+  PYBN_INLINE explicit OverwrittenLeakyRelu(const Fusion<T>& fusion) : negative_slope(fusion.negative_slope) {}
+
+  template <int N, class A>
+  PYBN_INLINE Vec<A, N> inverse(Vec<A, N> y) const {
+    return y > Vec<A, N>{} ? y : y * constant<Vec<A, N>>(1 / negative_slope);
+  }
+  template <int N, class A>
+  PYBN_INLINE Vec<A, N> backward(Vec<A, N> z, Vec<A, N> dy) const {
+    return z > Vec<A, N>{} ? dy : dy * constant<Vec<A, N>>(negative_slope);
   }
 };
 

@@ -21,7 +21,8 @@ constexpr std::size_t kGroup = 64;
 // has all channels then.
 constexpr std::size_t kFewChannels = 64;
 
-enum class Activation : int { none, relu, relu6, leaky_relu, silu, hardswish };
+// The last one is for backward passes alone: of a leaky ReLU in place, x being its output, which is all that is left.
+enum class Activation : int { none, relu, relu6, leaky_relu, silu, hardswish, overwritten_leaky_relu };
 
 struct Block {
   std::size_t outer, channels, inner;

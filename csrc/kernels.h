@@ -85,6 +85,23 @@ PYBN_INLINE Vec<A, N> apply_forward(const Act& act, Lanes lanes, std::size_t i, 
 template <class Act>
 constexpr bool kGivesResidual = Act::kReadsResidual || Act::kReadsMask;
 
+// x of a vector in a backward pass; z, where that is what is normalized and the activation has overwritten it.
+template <int N, class Act, class Lanes, class T>
+PYBN_INLINE auto load_x(const Act& act, Lanes lanes, const T* x) {
+  const auto v = load<N>(lanes, x);
+  if constexpr (Act::kReadsOutput)
+    return act.template inverse<N, Arithmetic<T>>(v);
+  else
+    return v;
+}
+template <class Act, class Lanes, class T>
+PYBN_INLINE Doubles load_wide_x(const Act& act, Lanes lanes, const T* x) {
+  if constexpr (Act::kReadsOutput)
+    return widen(load_x<kDoubles>(act, lanes, x));
+  else
+    return load_wide(lanes, x);
+}
+
 // dz of a vector: dy passed back through the activation.
 template <int N, class Act, class Lanes, class T, class A>
 PYBN_INLINE Vec<A, N> backward_through(const Act& act, Lanes lanes, std::size_t i, const T* dy, const T* residual,
@@ -93,7 +110,8 @@ PYBN_INLINE Vec<A, N> backward_through(const Act& act, Lanes lanes, std::size_t 
   if constexpr (Act::kReadsMask) {
     return act.template backward_masked<N, A>(lanes_of<A, N>(mask_bits<N>(lanes, mask, i)), gradient);
   } else {
-    Vec<A, N> z = a(x);
+    Vec<A, N> z = x;
+    if constexpr (!Act::kReadsOutput) z = a(x);
     if constexpr (Act::kReadsResidual) z += load<N>(lanes, residual);
     return act.template backward<N, A>(z, gradient);
   }
@@ -114,7 +132,7 @@ PYBN_INLINE Doubles wide_backward_through(const Act& act, Lanes lanes, std::size
     return load_wide(lanes, dy);
   } else {
     Vec<A, N> xv{};
-    if constexpr (Act::kReadsZ) xv = load<N>(lanes, x);
+    if constexpr (Act::kReadsZ) xv = load_x<N>(act, lanes, x);
     return widen(backward_through(act, lanes, i, dy, residual, mask, xv, a));
   }
 }
@@ -124,7 +142,7 @@ template <bool kTraining, int N, class Act, class Lanes, class T, class A>
 PYBN_INLINE Vec<A, N> apply_backward(const Act& act, Lanes lanes, std::size_t i, const T* dy, const T* x,
                                      const T* residual, const std::uint8_t* mask, T* dresidual,
                                      const AffineVectors<N, A>& a, const GradientVectors<N, A>& g) {
-  const Vec<A, N> xv = load<N>(lanes, x);
+  const Vec<A, N> xv = load_x<N>(act, lanes, x);
   const Vec<A, N> dz = backward_through(act, lanes, i, dy, residual, mask, xv, a);
   if constexpr (kGivesResidual<Act>)
     if (dresidual) store<N>(lanes, dresidual, dz);
@@ -496,7 +514,7 @@ struct Planes {
                     const auto* x_at = xs.at(i, u);
                     const auto* residual_at = Act::kReadsResidual ? residuals.at(i, u) : x_at;
                     const Doubles dz = wide_backward_through(act, lanes, i, dys.at(i, u), x_at, residual_at, mask, a);
-                    parts[u].add_gradient(lanes.or_else(dz, Doubles{}), load_wide(lanes, x_at), wide_mean);
+                    parts[u].add_gradient(lanes.or_else(dz, Doubles{}), load_wide_x(act, lanes, x_at), wide_mean);
                   });
             });
             dys.next_plane();
@@ -691,7 +709,7 @@ struct Rows {
             if (Act::kReadsResidual) residuals.fetch(r);
             const std::uint8_t* mask = Act::kReadsMask ? fusion.mask.at(o + r, 0) : nullptr;
             const Doubles dz = wide_backward_through(act, lanes, c, dys.row(r), xs.row(r), residuals.row(r), mask, a);
-            sums.add_gradient(dz, load_wide(lanes, xs.row(r)), wide_mean);
+            sums.add_gradient(dz, load_wide_x(act, lanes, xs.row(r)), wide_mean);
           }
         });
         dys.advance(N);

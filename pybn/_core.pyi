@@ -65,6 +65,7 @@ def backward(
     residual: _Array | None,
     mask: _Array | None,
     training: bool,
+    overwritten: bool = False,
 ) -> _Doubles: ...
 def backward_reduce(
     dy: _Array,

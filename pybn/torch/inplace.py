@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from pybn import _core
 from pybn.torch import kernels
@@ -156,7 +155,7 @@ class _Overwriting(torch.autograd.Function):
         ctx.mark_dirty(x)
         ctx.save_for_backward(x, weight, bias)
         ctx.invstd, ctx.training = normalization[0][1], training
-        ctx.slope = None if activation is None else negative_slope
+        ctx.activation, ctx.is_activated = act, activation is not None
         return x
 
     @staticmethod
@@ -165,20 +164,17 @@ class _Overwriting(torch.autograd.Function):
         """The gradient of a norm of z = activation^-1(y), whose mean is bias and whose standard deviation |weight|."""
         y, weight, bias = ctx.saved_tensors
         dy = dy.contiguous(memory_format=kernels.memory_format(y))
-        if ctx.slope is None:
-            z, dz, dx = y, dy, torch.empty_like(y)
-        else:
-            z = dx = F.leaky_relu(y, 1 / ctx.slope)
-            dz = torch.ops.aten.leaky_relu_backward(dy, y, ctx.slope, True)
+        dx = torch.empty_like(y)
         channels = y.size(1)
         w = np.ones(channels) if weight is None else weight.detach().double().numpy()
         b = np.zeros(channels) if bias is None else bias.detach().double().numpy()
         statistics = np.stack([b, 1 / w])
-        # centre, scale and shift of the map; with no activation left the shift is not used
-        affine = np.stack([b, w * ctx.invstd, np.zeros(channels)]).astype(_array(z).dtype)
+        # centre, scale and shift of the map; z is not computed by it, so the shift is not used
+        affine = np.stack([b, w * ctx.invstd, np.zeros(channels)]).astype(_array(y).dtype)
         sums = _core.backward(
-            _array(dz), _array(z), _array(dx), None, 1, (statistics, affine), (0, 0.0), None, None, ctx.training
-        )
+            _array(dy), _array(y), _array(dx), None, 1, (statistics, affine), ctx.activation, None, None, ctx.training,
+            overwritten=ctx.is_activated,
+        )  # fmt: skip
         dweight = None if weight is None else torch.from_numpy(sums[1] / w).to(weight.dtype)
         dbias = None if bias is None else torch.from_numpy(sums[0]).to(bias.dtype)
         return dx, dweight, dbias, None, None, None, None

@@ -61,6 +61,29 @@ def test_computes_what_a_norm_and_an_activation_compute(layout, activation, trai
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("shape", "layout"), [((3, 5, 9, 13), "contiguous"), ((3, 70, 5, 3), "channels_last")])
+def test_every_instruction_set(instruction_set, dtype, shape, layout):
+    mine, stock = layers(slope=0.25, channels=shape[1], dtype=dtype)
+    x = values(*shape, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
+    overwrote, actual = step(mine, x)
+    _, expected = step(stock, x)
+    assert overwrote
+    tolerance = 1e-10 if dtype is torch.float64 else 2e-5
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_nan_stays_in_its_channel():
+    mine, stock = layers()
+    x = values()
+    x[0, 2, 0, 0] = torch.nan
+    _, actual = step(mine, x)
+    _, expected = step(stock, x)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
 @pytest.mark.parametrize("activation", [None, "leaky_relu"])
 @pytest.mark.parametrize("training", [True, False])
 def test_gradcheck(activation, training):
