@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from pybn.torch import kernels, modules
+from pybn.torch import kernels, memory, modules
 from pybn.torch.epilogues import fuse
 from pybn.torch.forwards import FusedForward, Untraceable, trace
 from pybn.torch.functional import normalize
@@ -56,10 +56,11 @@ class Left:
 
 @dataclass(frozen=True)
 class Report:
-    """What `accelerate` has done to a model."""
+    """What `accelerate` has done to a model, and whether it has set the process to reuse memory."""
 
     replaced: tuple[Replaced, ...] = ()
     left: tuple[Left, ...] = ()
+    reuses_memory: bool = False
 
     def __str__(self) -> str:
         kinds: dict[str, int] = {}
@@ -72,6 +73,8 @@ class Report:
             width = max(len(left.name) for left in self.left)
             lines.append(f"{len(self.left)} left:")
             lines += [f"  {left.name:{width}}  {left.reason}" for left in self.left]
+        if self.reuses_memory:
+            lines.append("this process keeps the memory that it frees; pybn.torch.reuse_memory(False) ends that")
         return "\n".join(lines)
 
 
@@ -82,7 +85,9 @@ class Accelerated(NamedTuple):
     report: Report
 
 
-def accelerate(model: nn.Module, *, inplace: bool = False, inplace_activations: bool = False) -> Accelerated:
+def accelerate(
+    model: nn.Module, *, inplace: bool = False, inplace_activations: bool = False, reuse_memory: bool = False
+) -> Accelerated:
     """Make a model's batch norms pybn's, together with the sums and activations behind them.
 
     Losses, gradients and running statistics are the same up to rounding, in training and in evaluation. Parameters and
@@ -98,12 +103,21 @@ def accelerate(model: nn.Module, *, inplace: bool = False, inplace_activations: 
     inplace_activations : bool
         Whether norms without an activation, or with a leaky ReLU, overwrite their inputs where those are nobody
         else's, which takes less memory: see `InPlaceABN`. Backward passes through them cannot be differentiated again.
+    reuse_memory : bool
+        Whether the process keeps the memory that it frees, which networks of large tensors gain most from: see
+        `pybn.torch.reuse_memory`. It concerns the whole process and `restore` does not end it, so it is not the
+        default.
 
     Returns
     -------
     model : torch.nn.Module
     report : Report
         Print it to see what was done, and what was left and why.
+
+    Raises
+    ------
+    RuntimeError
+        If memory cannot be kept, because the C library is not glibc; nothing has changed then.
 
     Notes
     -----
@@ -114,6 +128,8 @@ def accelerate(model: nn.Module, *, inplace: bool = False, inplace_activations: 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    if reuse_memory:
+        memory.reuse_memory()
     if not inplace:
         model = _copy(model)
     names = {module: name or "(model)" for name, module in model.named_modules()}
@@ -136,7 +152,7 @@ def accelerate(model: nn.Module, *, inplace: bool = False, inplace_activations: 
                 for path, reason in _fuse_forward(module, layers, overwrite=inplace_activations)
             ]
     replaced = tuple(Replaced(names[layer], tuple(fused)) for layer, fused in layers.items())
-    return Accelerated(model, Report(replaced, tuple(left)))
+    return Accelerated(model, Report(replaced, tuple(left), reuse_memory))
 
 
 def restore(model: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 import pybn.torch
 from pybn.torch import accelerate, restore
+from pybn.torch.accelerate import Report
 from pybn.torch.forwards import FusedForward
 
 
@@ -111,6 +112,11 @@ COUNTS = {
     "GoogLeNet": "16 batch norms accelerated: 16 relu",
     "U-Net": "10 batch norms accelerated: 10 leaky_relu",
 }
+
+
+def test_the_report_tells_what_was_done_to_the_process():
+    assert "keeps the memory" in str(Report(reuses_memory=True))
+    assert not accelerate(nn.ReLU()).report.reuses_memory
 
 
 @pytest.mark.parametrize("name", torch_zoo.SMALL)
