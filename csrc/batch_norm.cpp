@@ -1,8 +1,6 @@
 #include "batch_norm.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <memory>
 #include <vector>
 
@@ -12,10 +10,6 @@
 
 namespace pybn {
 namespace {
-
-struct SumPair {
-  double first, second;
-};
 
 // Two sums per segment and channel. Their order is that of the segments, and so of the shape alone.
 //
@@ -44,7 +38,6 @@ class Partials {
       }
     }
   }
-  SumPair total(std::size_t channel) { return {*first(0, channel), *second(0, channel)}; }
 
  private:
   static constexpr std::size_t kLineDoubles = 16;
@@ -163,16 +156,12 @@ class StatsReduction {
   // `remainder`, if given, gets what rounding takes from the mean.
   void merge(std::size_t first_channel, std::size_t channels, double* mean, double* var, double* remainder = nullptr) {
     partials_.merge(first_channel, channels);
-    for (std::size_t c = first_channel; c < first_channel + channels; ++c) {
-      const SumPair total = partials_.total(c);
-      const double shift = to_double(*x_.at(0, c, 0)), offset = total.first / count_;
-      mean[c] = shift + offset;
-      const double rounded_offset = mean[c] - shift;  // Knuth's exact sum of two
-      if (remainder) remainder[c] = (shift - (mean[c] - rounded_offset)) + (offset - rounded_offset);
-      var[c] = (total.second - total.first * offset) / count_;
-      if (var[c] < 0) var[c] = 0;  // rounding can leave -1e-17; NaN stays
-      // Squares of values beyond 1e154 overflow: the variance is infinite then, not infinity less infinity.
-      if (std::isinf(total.second) && std::isfinite(total.first)) var[c] = total.second;
+    double shifts[kGroup];
+    for (std::size_t c = first_channel, end = c + channels; c < end; c += kGroup) {
+      const std::size_t count = std::min(kGroup, end - c);
+      for (std::size_t i = 0; i < count; ++i) shifts[i] = to_double(*x_.at(0, c + i, 0));
+      kernels<T>().channels.statistics(count, count_, shifts, partials_.first(0, c), partials_.second(0, c), mean + c,
+                                       var + c, remainder ? remainder + c : nullptr);
     }
   }
 
@@ -204,11 +193,8 @@ class GradientReduction {
 
   void merge(std::size_t first_channel, std::size_t channels, double* sum_dy, double* sum_dy_xmu) {
     partials_.merge(first_channel, channels);
-    for (std::size_t c = first_channel; c < first_channel + channels; ++c) {
-      const SumPair total = partials_.total(c);
-      sum_dy[c] = total.first;
-      sum_dy_xmu[c] = total.second;
-    }
+    std::copy_n(partials_.first(0, first_channel), channels, sum_dy + first_channel);
+    std::copy_n(partials_.second(0, first_channel), channels, sum_dy_xmu + first_channel);
   }
 
  private:
@@ -219,8 +205,7 @@ class GradientReduction {
   Partials partials_;
 };
 
-// What dx depends on besides dz, x and the normalization: dx = (dz - mean(dz) - (x - mean) * invstd^2 * mean((x - mean)
-// dz)) * scale.
+// What dx depends on besides dz, x and the normalization.
 template <class T>
 struct GradientCoefficients {
   using A = Arithmetic<T>;
@@ -228,18 +213,11 @@ struct GradientCoefficients {
 
   explicit GradientCoefficients(std::size_t channels) : slope(channels), offset(channels) {}
 
-  void set(std::size_t c, const Normalization<T>& n, double sum_dy, double sum_dy_xmu, double count) {
-    const double scale = static_cast<double>(n.scale[c]);
-    const double s = -n.invstd[c] * n.invstd[c] * (sum_dy_xmu / count) * scale;
-    slope[c] = rounded(s);
-    offset[c] = rounded(-(sum_dy / count) * scale + (static_cast<double>(n.center[c]) - n.mean[c]) * s);
+  void set(std::size_t first, std::size_t channels, const Normalization<T>& n, const GradientSums& sums) {
+    kernels<T>().channels.gradient(channels, sums.count, sums.sum_dy + first, sums.sum_dy_xmu + first, n.from(first),
+                                   slope.data() + first, offset.data() + first);
   }
   GradientAffine<A> from(std::size_t c) const { return {slope.data() + c, offset.data() + c}; }
-
- private:
-  static A rounded(double value) {  // as plain_nan() in simd.h
-    return std::isnan(value) ? std::numeric_limits<A>::quiet_NaN() : static_cast<A>(value);
-  }
 };
 
 }  // namespace
@@ -254,7 +232,7 @@ void normalize(std::size_t first, std::size_t channels, const double* var, Param
       weights[c] = weight ? weight[first + c] : 1;
       biases[c] = bias ? bias[first + c] : 0;
     }
-    kernels<T>().normalize(count, var + first, weights, biases, eps, normalization.from(first));
+    kernels<T>().channels.normalize(count, var + first, weights, biases, eps, normalization.from(first));
   }
 }
 
@@ -307,8 +285,7 @@ void batch_norm_backward(const Extents& extents, const GradientOperands<T>& oper
       plan, [&](const Tile& tile, std::size_t segment) { sums.reduce(tile, segment); },
       [&](std::size_t first, std::size_t channels) {
         sums.merge(first, channels, sum_dy, sum_dy_xmu);
-        for (std::size_t c = first; c < first + channels; ++c)
-          coefficients.set(c, normalization, sum_dy[c], sum_dy_xmu[c], count);
+        coefficients.set(first, channels, normalization, {sum_dy, sum_dy_xmu, count});
       },
       [&](const Tile& tile) {
         const auto gradient = coefficients.from(tile.channel);
@@ -336,9 +313,7 @@ void batch_norm_backward_elemt(const Extents& extents, const GradientOperands<T>
                                const GradientSums* sums) {
   const Kernels<T>& kernels = kernels_for<T>(extents);
   GradientCoefficients<T> coefficients(sums ? extents.channels : 0);
-  if (sums)
-    for (std::size_t c = 0; c < extents.channels; ++c)
-      coefficients.set(c, normalization, sums->sum_dy[c], sums->sum_dy_xmu[c], sums->count);
+  if (sums) coefficients.set(0, extents.channels, normalization, *sums);
   run_application(plan_application(extents, 2 * sizeof(T)), [&](const Tile& tile) {
     const auto gradient = coefficients.from(tile.channel);
     kernels.backward_elemt(tile.block, tile.of(operands.dy), tile.of(operands.x), tile.of(operands.dx),

@@ -114,16 +114,29 @@ struct Normalization {
   Normalization from(std::size_t c) const { return {mean + c, invstd + c, center + c, scale + c, shift + c}; }
 };
 
-// From the mean that is there already and var: invstd = 1 / sqrt(var + eps), scale = weight * invstd, and what else the
-// map has. Every value is rounded to A once.
+// What is computed once per channel, all of them arrays.
 template <class T>
-using Normalize = void (*)(std::size_t channels, const double* var, const double* weight, const double* bias,
-                           double eps, const Normalization<T>&) noexcept;
+struct ChannelKernels {
+  using A = Arithmetic<T>;
+
+  // Mean and biased variance from the sums of x - shift and of (x - shift)^2 over `count` values. The remainder, if it
+  // is there, gets what rounding takes from the mean.
+  void (*statistics)(std::size_t channels, double count, const double* shift, const double* sum, const double* squares,
+                     double* mean, double* var, double* remainder) noexcept;
+  // From the mean that is there already and var: invstd = 1 / sqrt(var + eps), scale = weight * invstd, and what else
+  // the map has. Every value is rounded to A once.
+  void (*normalize)(std::size_t channels, const double* var, const double* weight, const double* bias, double eps,
+                    const Normalization<T>&) noexcept;
+  // The gradient affine from the sums that a backward reduction makes of `count` values:
+  // dx = (dz - mean(dz) - (x - mean) * invstd^2 * mean((x - mean) dz)) * scale.
+  void (*gradient)(std::size_t channels, double count, const double* sum_dy, const double* sum_dy_xmu,
+                   const Normalization<T>&, A* slope, A* offset) noexcept;
+};
 
 template <class T>
 struct KernelTable {
   Kernels<T> planes, rows;
-  Normalize<T> normalize;
+  ChannelKernels<T> channels;
 };
 
 struct InstructionSet {

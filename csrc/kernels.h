@@ -595,9 +595,10 @@ class RowWalk {
   std::ptrdiff_t stride_, ahead_;
 };
 
-// Applications take wide rows one by one. Rows of 2 KiB and more, and what is fetched ahead of them, would share so few
-// sets of an L1 cache that they evict one another (inference on a 256x512 matrix took twice as long).
+// Applications take wide rows by twos. More rows of 2 KiB and more, and what is fetched ahead of them, would share so
+// few sets of an L1 cache that they evict one another (inference on a 256x512 matrix took twice as long).
 constexpr std::size_t kWideRowBytes = 2048;
+constexpr int kWideRows = 2;
 template <class T>
 PYBN_INLINE bool has_wide_rows(const Block& block) {
   return block.channels * sizeof(T) >= kWideRowBytes;
@@ -610,12 +611,22 @@ PYBN_INLINE std::ptrdiff_t rows_ahead(const Block& block, std::size_t together) 
   return static_cast<std::ptrdiff_t>(together * ((kAheadBytes + bytes - 1) / bytes));
 }
 
-// Calls rows(o, count) for `together` rows at a time, kRows or 1, then for the rest one by one; `count` is a Count.
+// Fetches what lies ahead of some rows, once for the vectors of a line.
+template <class T, int kCount, class... Walks>
+PYBN_INLINE void fetch_lines(std::size_t c, Count<kCount>, const Walks&... walks) {
+  if (c % (kLineBytes / sizeof(T)) == 0)
+    for (int r = 0; r < kCount; ++r) (walks.fetch(r), ...);
+}
+
+// Calls rows(o, count) for `together` rows at a time, kRows or kWideRows, then for the rest one by one; `count` is a
+// Count.
 template <class Rows>
 PYBN_INLINE void for_each_rows(std::size_t outer, std::size_t together, Rows rows) {
   std::size_t o = 0;
   if (together == kRows)
     for (; o + kRows <= outer; o += kRows) rows(o, Count<kRows>{});
+  else
+    for (; o + kWideRows <= outer; o += kWideRows) rows(o, Count<kWideRows>{});
   for (; o < outer; ++o) rows(o, Count<1>{});
 }
 
@@ -649,11 +660,9 @@ struct Rows {
       RowWalk<const T> xs(x, o, ahead);
       for_each_channel_vector<N>(block.channels, [&](auto lanes, std::size_t c) {
         const Doubles wide_shift = widen(load<N>(lanes, shift + c));
+        fetch_lines<T>(c, count, xs);
         add_to_sums(lanes, sum + c, squares + c, [&](SumPair& sums) {
-          for (int r = 0; r < decltype(count)::value; ++r) {
-            xs.fetch(r);
-            sums.add_shifted(load_wide(lanes, xs.row(r)), wide_shift);
-          }
+          for (int r = 0; r < decltype(count)::value; ++r) sums.add_shifted(load_wide(lanes, xs.row(r)), wide_shift);
         });
         xs.advance(N);
       });
@@ -666,17 +675,16 @@ struct Rows {
     constexpr int N = kLanes<T>;
     const Act act(fusion);
     const Operand<const T> residual = kResidual ? fusion.residual : x;
-    const std::size_t together = has_wide_rows<T>(block) ? 1 : kRows;
+    const std::size_t together = has_wide_rows<T>(block) ? kWideRows : kRows;
     const std::ptrdiff_t ahead = rows_ahead<T>(block, together);
     for_each_rows(block.outer, together, [&](std::size_t o, auto count) {
       RowWalk<const T> xs(x, o, ahead), residuals(residual, o, ahead);
       RowWalk<T> ys(y, o, ahead);
       for_each_channel_vector<N>(block.channels, [&](auto lanes, std::size_t c) {
         const auto a = load<N>(lanes, affine, c);
+        fetch_lines<T>(c, count, xs, ys);
+        if (kResidual) fetch_lines<T>(c, count, residuals);
         for (int r = 0; r < decltype(count)::value; ++r) {
-          xs.fetch(r);
-          if (kResidual) residuals.fetch(r);
-          ys.fetch(r);
           std::uint8_t* mask = nullptr;
           if (kResidual && Act::kReadsZ && fusion.mask) mask = fusion.mask.at(o + r, 0);
           store<N>(lanes, ys.row(r), apply_forward<kResidual>(act, lanes, c, xs.row(r), residuals.row(r), mask, a));
@@ -702,11 +710,10 @@ struct Rows {
       for_each_channel_vector<N>(block.channels, [&](auto lanes, std::size_t c) {
         const auto a = load<N>(lanes, affine, c);
         const Doubles wide_mean = load<N>(lanes, mean + c);
+        fetch_lines<T>(c, count, dys, xs);
+        if (Act::kReadsResidual) fetch_lines<T>(c, count, residuals);
         add_to_sums(lanes, sum_dy + c, sum_dy_xmu + c, [&](SumPair& sums) {
           for (int r = 0; r < decltype(count)::value; ++r) {
-            dys.fetch(r);
-            xs.fetch(r);
-            if (Act::kReadsResidual) residuals.fetch(r);
             const std::uint8_t* mask = Act::kReadsMask ? fusion.mask.at(o + r, 0) : nullptr;
             const Doubles dz = wide_backward_through(act, lanes, c, dys.row(r), xs.row(r), residuals.row(r), mask, a);
             sums.add_gradient(dz, load_wide_x(act, lanes, xs.row(r)), wide_mean);
@@ -730,7 +737,7 @@ struct Rows {
     const Operand<const T> residual = Act::kReadsResidual ? fusion.residual : x;
     const bool has_dresidual = kGivesResidual<Act> && dresidual;
     if (!has_dresidual) dresidual = dx;
-    const std::size_t together = has_wide_rows<T>(block) ? 1 : kRows;
+    const std::size_t together = has_wide_rows<T>(block) ? kWideRows : kRows;
     const std::ptrdiff_t ahead = rows_ahead<T>(block, together);
     for_each_rows(block.outer, together, [&](std::size_t o, auto count) {
       RowWalk<const T> dys(dy, o, ahead), xs(x, o, ahead), residuals(residual, o, ahead);
@@ -738,12 +745,11 @@ struct Rows {
       for_each_channel_vector<N>(block.channels, [&](auto lanes, std::size_t c) {
         const auto a = load<N>(lanes, affine, c);
         const auto g = load<N>(lanes, gradient_affine, c);
+        fetch_lines<T>(c, count, dys, dxs);
+        if (kReadsX) fetch_lines<T>(c, count, xs);
+        if (Act::kReadsResidual) fetch_lines<T>(c, count, residuals);
+        if (kGivesResidual<Act>) fetch_lines<T>(c, count, dresiduals);
         for (int r = 0; r < decltype(count)::value; ++r) {
-          dys.fetch(r);
-          if (kReadsX) xs.fetch(r);
-          if (Act::kReadsResidual) residuals.fetch(r);
-          dxs.fetch(r);
-          if (kGivesResidual<Act>) dresiduals.fetch(r);
           const std::uint8_t* mask = Act::kReadsMask ? fusion.mask.at(o + r, 0) : nullptr;
           T* dresidual_at = has_dresidual ? dresiduals.row(r) : nullptr;
           store<N>(lanes, dxs.row(r),

@@ -1,8 +1,8 @@
 // The kernels of one instruction set for one type of data. CMake compiles this file once for each pair, with the set's
 // flags, PYBN_ISA, its name, and PYBN_TYPE, the type.
+#include "channels.h"
 #include "few_channels.h"
 #include "kernels.h"
-#include "normalize.h"
 
 namespace pybn {
 namespace {
@@ -76,6 +76,8 @@ struct Entry {
 
 extern const KernelTable<PYBN_TYPE> PYBN_JOIN(PYBN_TYPE, PYBN_JOIN(_kernels_, PYBN_ISA));
 const KernelTable<PYBN_TYPE> PYBN_JOIN(PYBN_TYPE, PYBN_JOIN(_kernels_, PYBN_ISA)) = {
-    Entry<Planes, PYBN_TYPE>::kernels(), Entry<RowsOfAnyLength, PYBN_TYPE>::kernels(), normalize_channels<PYBN_TYPE>};
+    Entry<Planes, PYBN_TYPE>::kernels(),
+    Entry<RowsOfAnyLength, PYBN_TYPE>::kernels(),
+    {statistics_of_channels, normalize_channels<PYBN_TYPE>, gradient_of_channels<PYBN_TYPE>}};
 
 }  // namespace pybn
