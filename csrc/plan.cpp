@@ -16,8 +16,8 @@ namespace {
 constexpr std::size_t kSegment = 16384;
 
 // Rows of one segment in the rows layout: its sums are 16 bytes per channel, so 256 rows keep them below 2 % of the
-// traffic.
-constexpr std::size_t kSegmentRows = 256;
+// traffic. A small matrix has two segments, so that two threads can take its halves.
+constexpr std::size_t kSegmentRows = 256, kFewestSegmentRows = 64;
 
 // Neighbouring channels form one run of memory per image; beyond this length a longer run is no faster (14x14 planes:
 // 1.9 copies with 4 KiB, 1.5 with 16, 1.4 with 64).
@@ -26,9 +26,10 @@ constexpr std::size_t kRunBytes = 65536;
 // Runs of fewer neighbouring channels in the rows layout would use only part of the lines that are fetched together.
 constexpr std::size_t kRowRun = 64;
 
-// Shorter ones, of channels that a task keeps to itself, cost more than waiting for the other threads does: NHWC with
-// 512 channels on 7x7 planes takes 1.4 times as long with 256-byte runs, a 256x512 matrix 0.75 times with 1 KiB.
-constexpr std::size_t kPrivateRunBytes = 1024;
+// Shorter ones, of channels that a task keeps to itself, cost more than waiting for the other threads does, because each
+// core fetches ahead what the other one writes, up to the end of a page: NHWC with 512 channels on 7x7 planes takes 1.4
+// times as long with 256-byte runs, a 256x512 matrix 1.2 times with 1 KiB.
+constexpr std::size_t kPrivateRunBytes = 4096;
 
 // Work of less than this is done sooner than another thread wakes (about 10 us).
 constexpr std::size_t kSerialBytes = 1 << 18;
@@ -75,7 +76,10 @@ std::size_t balanced_tasks(const Extents& e, std::size_t bytes_per_value, int th
 }
 
 Partition reduction_partition(const Extents& e) {
-  if (e.is_rows()) return {e, std::max(kSegmentRows, ceil_div(4 * kSegment, e.channels)), 1};
+  if (e.is_rows()) {
+    const std::size_t most = std::max(kSegmentRows, ceil_div(4 * kSegment, e.channels));
+    return {e, std::clamp(ceil_div(e.outer, 2), kFewestSegmentRows, most), 1};
+  }
   if (e.inner < 2 * kSegment) return {e, std::max<std::size_t>(1, kSegment / e.inner), e.inner};
   return {e, 1, round_up(ceil_div(e.inner, e.inner / kSegment), 64)};
 }
