@@ -26,9 +26,9 @@ constexpr std::size_t kRunBytes = 65536;
 // Runs of fewer neighbouring channels in the rows layout would use only part of the lines that are fetched together.
 constexpr std::size_t kRowRun = 64;
 
-// Shorter ones, of channels that a task keeps to itself, cost more than waiting for the other threads does, because each
-// core fetches ahead what the other one writes, up to the end of a page: NHWC with 512 channels on 7x7 planes takes 1.4
-// times as long with 256-byte runs, a 256x512 matrix 1.2 times with 1 KiB.
+// Shorter ones, of channels that a task keeps to itself, cost more than waiting for the other threads does, because
+// each core fetches ahead what the other one writes, up to the end of a page: NHWC with 512 channels on 7x7 planes
+// takes 1.4 times as long with 256-byte runs, a 256x512 matrix 1.2 times with 1 KiB.
 constexpr std::size_t kPrivateRunBytes = 4096;
 
 // Work of less than this is done sooner than another thread wakes (about 10 us).
