@@ -202,17 +202,8 @@ def output(name: str, value: Any, x: Array, inputs: dict[str, Array | None]) -> 
     return array
 
 
-def is_same_memory(a: Array, b: Array) -> bool:
-    """Whether two arrays are element by element the same memory."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if a.__array_interface__["data"][0] != b.__array_interface__["data"][0]:
-        return False
-    return all(p == q for p, q, n in zip(a.strides, b.strides, a.shape, strict=True) if n > 1)
-
-
 def overlaps_in_part(a: Array, b: Array) -> bool:
-    if not np.may_share_memory(a, b) or is_same_memory(a, b):
+    if not np.may_share_memory(a, b) or _core.is_same_memory(a, b):
         return False
     effort: Any = 100_000  # the exact answer can take exponential time; its type is declared too narrow
     try:

@@ -256,7 +256,7 @@ _READ_RESIDUAL_AGAIN = ("silu", "hardswish")
 
 
 def _is_overwritten(source: Array, out: Array | None) -> bool:
-    return out is not None and _arrays.is_same_memory(source, out)
+    return out is not None and _core.is_same_memory(source, out)
 
 
 def require_finite(x: Array, axis: int) -> None:

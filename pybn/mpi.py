@@ -18,7 +18,7 @@ try:
 except ImportError as error:  # also one that mpi4py raises because it finds no MPI library
     raise ImportError(f'pybn.mpi needs mpi4py and an MPI library ({error}); run: pip install "pybn[mpi]"') from error
 
-from pybn import _arrays, _synchronized, layers
+from pybn import _arrays, _core, _synchronized, layers
 from pybn._arrays import Array
 from pybn._exchange import Direction, Exchange, absence
 from pybn._synchronized import Synchronized
@@ -97,7 +97,7 @@ class _SyncBatchNorm(layers._BatchNorm):
                 self.channel_axis, out, self.check_finite,
             )  # fmt: skip
             residual = None if residual is None else _arrays.as_data_array("residual", residual)
-            is_gone = out is not None and any(a is not None and _arrays.is_same_memory(a, out) for a in (x, residual))
+            is_gone = out is not None and any(a is not None and _core.is_same_memory(a, out) for a in (x, residual))
             self._synchronized = saved, None if is_gone else x, residual
             return y
 
