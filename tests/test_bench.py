@@ -10,6 +10,7 @@ from conftest import run_python
 from typer.testing import CliRunner
 
 import pybn
+from pybn import _core
 from pybn.bench import compare, ours, plot, report, results, session, tables, targets
 from pybn.bench.cases import (
     EXTRA,
@@ -300,6 +301,7 @@ def fake_run(scale=1.0, shapes=((32, 64, 56, 56), (32, 64, 112, 112), (32, 512, 
             {who: value * ITEM_BYTES[dtype] / 4e3 for who, value in copies.items()},
             copies,
             dict.fromkeys(copies, 0.01),
+            2.5,
             {"openvino": "it has no training pass"},
         )
         for dtype in dtypes
@@ -344,6 +346,8 @@ def test_a_busy_machine_is_said():
     for m in run.measurements:
         m.spread["copy"] = 0.5
     assert "50% or more apart" in tables.noise_line(run)
+    assert tables.additions_line(run).startswith("2.5 additions per ns on a core (2.5 to 2.5)")
+    assert 0.1 < _core.additions_per_nanosecond() < 50  # of any processor, however busy
 
 
 def test_a_peer_that_is_faster_is_marked():

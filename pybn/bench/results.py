@@ -13,19 +13,20 @@ import numpy as np
 from pybn.bench import ours
 from pybn.bench.cases import ITEM_BYTES, LAYOUTS, OPERATIONS, Case, Shape, UsageError
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
 class Measurement:
     """Times of every contender of one case, by name, as `measure.Timing` has them; why the other peers are not among
-    them; and who computed something else than pybn, which is not timed.
+    them; and who computed something else than pybn, which is not timed. `additions` is how many one thread did per ns.
     """
 
     case: Case
     seconds: dict[str, float]
     ratios: dict[str, float]
     spread: dict[str, float]
+    additions: float
     unsupported: dict[str, str]
     wrong: dict[str, str] = field(default_factory=dict)
 
@@ -95,6 +96,7 @@ class Run:
                 "seconds": m.seconds,
                 "ratios": m.ratios,
                 "spread": {name: round(value, 4) for name, value in m.spread.items()},
+                "additions": round(m.additions, 3),
                 "unsupported": m.unsupported,
                 "wrong": m.wrong,
             }
@@ -138,6 +140,7 @@ def _from_record(record: dict[str, Any]) -> Run:
             {name: float(value) for name, value in case["seconds"].items()},
             {name: float(value) for name, value in case["ratios"].items()},
             dict(case["spread"]),
+            float(case["additions"]),
             dict(case["unsupported"]),
             dict(case["wrong"]),
         )

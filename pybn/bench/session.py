@@ -100,12 +100,14 @@ class Bench:
                 wrong[peer.name] = str(error)
         del expected
         source = ours.reads_first(case.operation, problem)
+        additions = _core.additions_per_nanosecond()
         timings = measure(contenders, self._rounds, lambda: _core.copy(source, scratch), seed)
         return Measurement(
             case,
             {name: timing.seconds for name, timing in timings.items()},
             {name: timing.ratio for name, timing in timings.items()},
             {name: timing.spread for name, timing in timings.items()},
+            additions,
             unsupported,
             wrong,
         )

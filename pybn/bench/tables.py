@@ -224,6 +224,15 @@ def noise_line(run: Run) -> str | None:
     )
 
 
+def additions_line(run: Run) -> str:
+    """Say how much of a core there was: what is bound by instructions depends on it, the copy hardly."""
+    rates = sorted(m.additions for m in run.measurements)
+    return (
+        f"{statistics.median(rates):.1f} additions per ns on a core ({rates[0]:.1f} to {rates[-1]:.1f}); "
+        "one that runs nothing else does about four per cycle"
+    )
+
+
 def environment_line(run: Run) -> str:
     """Return what the figures depend on, in one line."""
     own = [f"{key} {value}" for key, value in run.environment.items()]
