@@ -22,7 +22,7 @@ def reuse_memory(enabled: bool = True) -> None:
 
     Training steps and inference that make the same tensors again and again then find their pages mapped. The price: the
     process stays as large as it has been at its largest, and becomes larger than before, because free memory lies in
-    pieces between what is in use: by up to a quarter in training (docs/torch.md). What is computed is the same.
+    pieces between what is in use: by up to a tenth in training (docs/torch.md). What is computed is the same.
 
     Parameters
     ----------
