@@ -388,7 +388,8 @@ Doubles backward(const py::array& dy, const py::array& x, py::array dx, std::opt
     const Normalization<T> n = view<T>(arrays, channels);
     Fusion<T> f = fusion<T>(problem, activation, pointer(residual), pointer(mask));
     if (overwritten) {
-      require(f.activation == Activation::leaky_relu && !residual && !mask, "an activation that cannot be inverted");
+      require(f.activation == Activation::leaky_relu && !residual && !mask && sizeof(T) > 2,
+              "an activation that cannot be inverted");
       f.activation = Activation::overwritten_leaky_relu;
     }
     const GradientOperands<T> operands{problem.input<T>(&dy), problem.input<T>(&x), problem.output<T>(&dx),

@@ -25,7 +25,8 @@ PYBN_INLINE void with_backward(const Fusion<T>& fusion, F f) {
   if (fusion.mask) return f(Kind<Masked>{});
   if (fusion.residual) return f(Kind<Other<true>>{});
   if (fusion.activation == Activation::relu) return f(Kind<Relu>{});
-  if (fusion.activation == Activation::overwritten_leaky_relu) return f(Kind<OverwrittenLeakyRelu>{});
+  if constexpr (sizeof(T) > 2)  // half types are not overwritten
+    if (fusion.activation == Activation::overwritten_leaky_relu) return f(Kind<OverwrittenLeakyRelu>{});
   return f(Kind<Other<false>>{});
 }
 
