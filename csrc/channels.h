@@ -23,12 +23,12 @@ PYBN_INLINE void for_each_channels(std::size_t channels, Some some) {
   if (c < channels) some(First{channels - c}, c);
 }
 
-// `count_` values per channel, all shifted by `shift`. What rounding takes from the mean is Knuth's: the sum of two is
-// exact in two doubles.
-void statistics_of_channels(std::size_t channels, double count_, const double* shifts, const double* sums,
+// The sums are those of values minus `shifts`. What rounding takes from the mean is Knuth's: the sum of two is exact in
+// two doubles.
+void statistics_of_channels(std::size_t channels, double values_per_channel, const double* shifts, const double* sums,
                             const double* squares, double* means, double* vars, double* remainders) noexcept {
   constexpr int N = kDoubles;
-  const Doubles count = broadcast<N>(count_), infinity = broadcast<N>(__builtin_inf()), zero{};
+  const Doubles count = broadcast<N>(values_per_channel), infinity = broadcast<N>(__builtin_inf()), zero{};
   for_each_channels<N>(channels, [&](auto lanes, std::size_t c) {
     const Doubles shift = load<N>(lanes, shifts + c), sum = load<N>(lanes, sums + c);
     const Doubles square = load<N>(lanes, squares + c), offset = sum / count;
@@ -66,11 +66,12 @@ void normalize_channels(std::size_t channels, const double* var, const double* w
 }
 
 template <class T>
-void gradient_of_channels(std::size_t channels, double count_, const double* sums_dy, const double* sums_dy_xmu,
-                          const Normalization<T>& all, Arithmetic<T>* slopes, Arithmetic<T>* offsets) noexcept {
+void gradient_of_channels(std::size_t channels, double values_per_channel, const double* sums_dy,
+                          const double* sums_dy_xmu, const Normalization<T>& all, Arithmetic<T>* slopes,
+                          Arithmetic<T>* offsets) noexcept {
   using A = Arithmetic<T>;
   constexpr int N = kDoubles;
-  const Doubles count = broadcast<N>(count_);
+  const Doubles count = broadcast<N>(values_per_channel);
   for_each_channels<N>(channels, [&](auto lanes, std::size_t c) {
     const Normalization<T> n = all.from(c);
     const Doubles scale = widen(load<N>(lanes, n.scale)), invstd = load<N>(lanes, n.invstd);

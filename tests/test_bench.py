@@ -519,6 +519,14 @@ def test_an_interrupt_keeps_what_was_measured(shapes, tmp_path, monkeypatch):
     assert len(results.load(path, "--from").measurements) == 1
 
 
+def test_a_run_that_was_interrupted_at_once_is_no_error(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(fake_run(shapes=()).to_json())
+    result = run("--from", path)
+    assert result.exit_code == 0
+    assert "medians of 7 rounds" in result.stdout
+
+
 def test_strict_fails_if_a_target_is_missed(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(fake_run(scale=100).to_json())

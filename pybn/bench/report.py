@@ -21,7 +21,8 @@ def print_run(run: Run, found: Sequence[tables.Table], style: str) -> None:
     bullet = "- " if style == "markdown" else ""
     console = _console()
     for line in (tables.environment_line(run), tables.additions_line(run), *tables.peer_lines(run)):
-        console.print(Text(bullet + line), soft_wrap=True)
+        if line:
+            console.print(Text(bullet + line), soft_wrap=True)
     if busy := tables.noise_line(run):
         console.print(Text(bullet + busy), soft_wrap=True, style="bold red")
     count = tables.missed(found)

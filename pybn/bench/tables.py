@@ -224,9 +224,11 @@ def noise_line(run: Run) -> str | None:
     )
 
 
-def additions_line(run: Run) -> str:
+def additions_line(run: Run) -> str | None:
     """Say how much of a core there was: what is bound by instructions depends on it, the copy hardly."""
     rates = sorted(m.additions for m in run.measurements)
+    if not rates:
+        return None
     return (
         f"{statistics.median(rates):.1f} additions per ns on a core ({rates[0]:.1f} to {rates[-1]:.1f}); "
         "one that runs nothing else does about four per cycle"

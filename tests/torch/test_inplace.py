@@ -43,6 +43,16 @@ def step(layer, x):
     return y.data_ptr() == pointer, [y.detach(), *gradients, *(b.clone() for b in layer.buffers())]
 
 
+def assert_same_steps(mine, stock, x):
+    """An in-place norm that overwrites x, and the stock one, both one step further."""
+    overwrote, actual = step(mine, x)
+    _, expected = step(stock, x)
+    assert overwrote
+    tolerance = 1e-10 if x.dtype is torch.float64 else 2e-5
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", [None, "leaky_relu"])
 @pytest.mark.parametrize("training", [True, False])
@@ -53,25 +63,14 @@ def test_computes_what_a_norm_and_an_activation_compute(layout, activation, trai
     stock.train(training)
     x = values(dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
     for _ in range(2):
-        overwrote, actual = step(mine, x)
-        _, expected = step(stock, x)
-        assert overwrote
-        tolerance = 1e-10 if dtype is torch.float64 else 2e-5
-        for a, b in zip(actual, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        assert_same_steps(mine, stock, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("shape", "layout"), [((3, 5, 9, 13), "contiguous"), ((3, 70, 5, 3), "channels_last")])
 def test_every_instruction_set(instruction_set, dtype, shape, layout):
     mine, stock = layers(slope=0.25, channels=shape[1], dtype=dtype)
-    x = values(*shape, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
-    overwrote, actual = step(mine, x)
-    _, expected = step(stock, x)
-    assert overwrote
-    tolerance = 1e-10 if dtype is torch.float64 else 2e-5
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    assert_same_steps(mine, stock, values(*shape, dtype=dtype).contiguous(memory_format=LAYOUTS[layout]))
 
 
 def test_nan_stays_in_its_channel():
