@@ -7,8 +7,11 @@
 
 Every variant of a network runs in a process of its own, because what one has freed would be there for the next. They
 take turns, step by step, and a figure is the median of the rounds' ratios, so that what a busy machine does to one it
-does to the other. A training step is forward, cross entropy and backward, with random images, labels and initial
-parameters; `--sgd` adds the optimiser's step, which pybn has no part in. The tables are in Markdown.
+does to the other. After a third of the rounds new processes begin: whether a process finds the memory again that it has
+freed, or gets fresh pages in every step, is decided early in its life, and not the same way in the next.
+
+A training step is forward, cross entropy and backward, with random images, labels and initial parameters; `--sgd` adds
+the optimiser's step, which pybn has no part in. The tables are in Markdown.
 """
 
 from __future__ import annotations
@@ -76,6 +79,8 @@ VARIANTS = {
     "inference": ("stock", "torch.fx fuse", "accelerated", "fold", "fold" + REUSED),
     "memory": ("stock", "accelerated", "accelerated" + REUSED, "in place"),
 }
+# Of a variant, one after the other, among which the rounds are divided.
+PROCESSES = 3
 # Steps of which the largest memory is measured: freed memory is in pieces after the first. In which pieces differs from
 # one process to the next, so a figure is the median of some.
 MEMORY_STEPS = 3
@@ -222,35 +227,37 @@ def fresh_pages() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def timed(runners: dict[str, Runner], rounds: int, limit: float) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
-    """Seconds and pages of each variant, which run in turns, after two to warm up, for `limit` seconds, or 3 rounds."""
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    pages: dict[str, list[int]] = {name: [] for name in runners}
+def add_rounds(row: Row, runners: dict[str, Runner], rounds: int, limit: float) -> None:
+    """What the variants cost in turns, after two to warm up, for `limit` seconds, but at least one round."""
     for runner in (*runners.values(), *runners.values()):
         runner.cost()
     start = time.perf_counter()
     for number in range(rounds):
-        if number >= 3 and time.perf_counter() - start > limit:
+        if number and time.perf_counter() - start > limit:
             break
         for name, runner in runners.items():
-            cost = runner.cost()
-            seconds[name].append(cost[0])
-            pages[name].append(cost[1])
-    return seconds, pages
+            seconds, pages = runner.cost()
+            row.seconds[name].append(seconds)
+            row.pages[name].append(pages)
 
 
 def measure(what: str, arguments: argparse.Namespace) -> list[Row]:
     """Rows of training or inference, as they are measured."""
     rows = []
     options = [str(arguments.threads), str(arguments.batch or 0), str(int(arguments.sgd))]
+    groups = min(PROCESSES, arguments.rounds)
     for name in arguments.networks:
         for setting in arguments.settings:
-            runners = {variant: Runner(what, name, setting, variant, *options) for variant in VARIANTS[what]}
-            costs = timed(runners, arguments.rounds, arguments.seconds)
-            for runner in runners.values():
-                runner.end()
-            rows.append(Row(with_batch(name, arguments.batch).label, setting, what, *costs))
-            print(cells(rows[-1]), file=sys.stderr, flush=True)
+            names, label = VARIANTS[what], with_batch(name, arguments.batch).label
+            row = Row(label, setting, what, {variant: [] for variant in names}, {variant: [] for variant in names})
+            for group in range(groups):
+                runners = {variant: Runner(what, name, setting, variant, *options) for variant in names}
+                rounds = len(range(group, arguments.rounds, groups))
+                add_rounds(row, runners, rounds, arguments.seconds / groups)
+                for runner in runners.values():
+                    runner.end()
+            rows.append(row)
+            print(cells(row), file=sys.stderr, flush=True)
     return rows
 
 

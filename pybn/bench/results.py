@@ -69,6 +69,11 @@ class Run:
         """The traffic bound of a case on the machine of the run, in copies."""
         return measurement.case.bound(self.l2)
 
+    def speed_at_bound(self, measurement: Measurement, peer: str) -> float | None:
+        """How many times faster than a peer a call would be that takes just its traffic bound."""
+        copies = measurement.copies(peer)
+        return None if copies is None else copies / self.bound(measurement)
+
     def group(self, measurement: Measurement) -> str:
         """The group of shapes of a case on the machine of the run."""
         return measurement.case.group(self.l2)

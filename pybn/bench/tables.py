@@ -136,9 +136,11 @@ def speeds(run: Run, measurements: Sequence[Measurement]) -> Table:
                 continue
             target = targets.speed(operation, members[0].case.dtype, members[0].case.layout, peer)
             missed = (target is not None and mean < target) or any(_is_slower(run, m, peer) for m in members)
-            row.append(_marked(f"{_number(mean)}x ({_number(min(values))}-{_number(max(values))})", missed))
+            spread = f"{_number(min(values))}-{_number(max(values))}"
             if target is not None:
                 wanted.setdefault(peer, []).append(f"{operation.name} {target:g}")
+                spread += f"; bound {_number(geometric_mean(run.speed_at_bound(m, peer) for m in members))}"
+            row.append(_marked(f"{_number(mean)}x ({spread})", missed))
         table.rows.append(row)
     fresh = [TITLES[peer] for peer in peers if run.peers[peer].allocates]
     into_out = [TITLES[peer] for peer in peers if not run.peers[peer].allocates]
@@ -147,6 +149,8 @@ def speeds(run: Run, measurements: Sequence[Measurement]) -> Table:
     table.notes.append("; ".join(sides))
     table.notes.append(f"targets: {_every_shape_rule()}")
     table.notes += [f"targets against {TITLES[peer]}: {', '.join(names)}" for peer, names in wanted.items()]
+    if wanted:
+        table.notes.append("bound: how many times faster a call would be that takes just its traffic bound")
     table.notes += _mark_note(table)
     return table
 
