@@ -72,7 +72,8 @@ IN_MEMORY = {
     "mobilenetv2": "MobileNetV2, leaky ReLU",
 }
 
-# Every second name of a pair is the first with the memory of the process reused.
+# Every second name of a pair is the first with the memory of the process reused. What is accelerated is so with
+# concatenations=True, which concerns DenseNet-121 alone.
 REUSED = ", reuse_memory"
 VARIANTS = {
     "training": ("stock", "stock" + REUSED, "accelerated", "accelerated" + REUSED),
@@ -161,7 +162,9 @@ def variant_of(model: nn.Module, variant: str) -> nn.Module:
         return fused
     if name == "fold":
         return fold(model).model
-    return model if name == "stock" else accelerate(model, inplace=True, inplace_activations=name == "in place").model
+    if name == "stock":
+        return model
+    return accelerate(model, inplace=True, inplace_activations=name == "in place", concatenations=True).model
 
 
 def prepared(what: str, network: Network, setting: str, variant: str, *, sgd: bool) -> Callable[[], None]:

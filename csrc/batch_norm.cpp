@@ -142,14 +142,14 @@ const Kernels<T>& kernels_for(const Extents& extents) {
 template <class T>
 class StatsReduction {
  public:
-  StatsReduction(const Plan& plan, Operand<const T> x)
+  StatsReduction(const Plan& plan, const Pieces<const T>& x)
       : kernels_(kernels_for<T>(plan.partition.extents)),
         x_(x),
         count_(static_cast<double>(plan.partition.extents.per_channel())),
         partials_(plan.partition) {}
 
   void reduce(const Tile& tile, std::size_t segment) {
-    kernels_.stats(tile.block, tile.of(x_), x_.at(0, tile.channel, 0), partials_.first(segment, tile.channel),
+    kernels_.stats(tile.block, tile.of(x_), x_.first_value(tile.channel), partials_.first(segment, tile.channel),
                    partials_.second(segment, tile.channel));
   }
 
@@ -159,7 +159,7 @@ class StatsReduction {
     double shifts[kGroup];
     for (std::size_t c = first_channel, end = c + channels; c < end; c += kGroup) {
       const std::size_t count = std::min(kGroup, end - c);
-      for (std::size_t i = 0; i < count; ++i) shifts[i] = to_double(*x_.at(0, c + i, 0));
+      for (std::size_t i = 0; i < count; ++i) shifts[i] = to_double(*x_.first_value(c + i));
       kernels<T>().channels.statistics(count, count_, shifts, partials_.first(0, c), partials_.second(0, c), mean + c,
                                        var + c, remainder ? remainder + c : nullptr);
     }
@@ -167,7 +167,7 @@ class StatsReduction {
 
  private:
   const Kernels<T>& kernels_;
-  Operand<const T> x_;
+  const Pieces<const T>& x_;
   double count_;
   Partials partials_;
 };
@@ -176,8 +176,8 @@ class StatsReduction {
 template <class T>
 class GradientReduction {
  public:
-  GradientReduction(const Plan& plan, Operand<const T> dy, Operand<const T> x, const Normalization<T>& normalization,
-                    const Fusion<T>& fusion)
+  GradientReduction(const Plan& plan, Operand<const T> dy, const Pieces<const T>& x,
+                    const Normalization<T>& normalization, const Fusion<T>& fusion)
       : kernels_(kernels_for<T>(plan.partition.extents)),
         dy_(dy),
         x_(x),
@@ -199,7 +199,8 @@ class GradientReduction {
 
  private:
   const Kernels<T>& kernels_;
-  Operand<const T> dy_, x_;
+  Operand<const T> dy_;
+  const Pieces<const T>& x_;
   const Normalization<T>& normalization_;
   const Fusion<T>& fusion_;
   Partials partials_;
@@ -238,17 +239,19 @@ void normalize(std::size_t first, std::size_t channels, const double* var, Param
 
 template <class T>
 void batch_norm_stats(const Extents& extents, Operand<const T> x, double* mean, double* var, double* remainder) {
-  const Plan plan = plan_reduction(extents, sizeof(T));
-  StatsReduction<T> stats(plan, x);
+  const Plan plan = plan_reduction(extents, sizeof(T), 0);
+  const Pieces<const T> pieces(x);
+  StatsReduction<T> stats(plan, pieces);
   run_reduction(
       plan, [&](const Tile& tile, std::size_t segment) { stats.reduce(tile, segment); },
       [&](std::size_t first, std::size_t channels) { stats.merge(first, channels, mean, var, remainder); });
 }
 
 template <class T>
-void batch_norm_forward(const Extents& extents, Operand<const T> x, Operand<T> y, Parameter weight, Parameter bias,
-                        double eps, const Fusion<T>& fusion, double* var, const Normalization<T>& normalization) {
-  const Plan plan = plan_reduction_and_application(extents, sizeof(T));
+void batch_norm_forward(const Extents& extents, const Pieces<const T>& x, Operand<T> y, Parameter weight,
+                        Parameter bias, double eps, const Fusion<T>& fusion, double* var,
+                        const Normalization<T>& normalization) {
+  const Plan plan = plan_reduction_and_application(extents, sizeof(T), x.common_channels());
   const Kernels<T>& kernels = kernels_for<T>(extents);
   StatsReduction<T> stats(plan, x);
   run(
@@ -264,10 +267,10 @@ void batch_norm_forward(const Extents& extents, Operand<const T> x, Operand<T> y
 }
 
 template <class T>
-void batch_norm_elemt(const Extents& extents, Operand<const T> x, Operand<T> y, const Normalization<T>& normalization,
-                      const Fusion<T>& fusion) {
+void batch_norm_elemt(const Extents& extents, const Pieces<const T>& x, Operand<T> y,
+                      const Normalization<T>& normalization, const Fusion<T>& fusion) {
   const Kernels<T>& kernels = kernels_for<T>(extents);
-  run_application(plan_application(extents, sizeof(T)), [&](const Tile& tile) {
+  run_application(plan_application(extents, sizeof(T), x.common_channels()), [&](const Tile& tile) {
     kernels.elemt(tile.block, tile.of(x), tile.of(y), normalization.affine().from(tile.channel), tile.of(fusion));
   });
 }
@@ -276,7 +279,7 @@ template <class T>
 void batch_norm_backward(const Extents& extents, const GradientOperands<T>& operands,
                          const Normalization<T>& normalization, const Fusion<T>& fusion, bool training, double* sum_dy,
                          double* sum_dy_xmu) {
-  const Plan plan = plan_reduction_and_application(extents, 2 * sizeof(T));
+  const Plan plan = plan_reduction_and_application(extents, 2 * sizeof(T), operands.x.common_channels());
   const Kernels<T>& kernels = kernels_for<T>(extents);
   const double count = static_cast<double>(extents.per_channel());
   GradientReduction<T> sums(plan, operands.dy, operands.x, normalization, fusion);
@@ -297,10 +300,10 @@ void batch_norm_backward(const Extents& extents, const GradientOperands<T>& oper
 }
 
 template <class T>
-void batch_norm_backward_reduce(const Extents& extents, Operand<const T> dy, Operand<const T> x,
+void batch_norm_backward_reduce(const Extents& extents, Operand<const T> dy, const Pieces<const T>& x,
                                 const Normalization<T>& normalization, const Fusion<T>& fusion, double* sum_dy,
                                 double* sum_dy_xmu) {
-  const Plan plan = plan_reduction(extents, 2 * sizeof(T));
+  const Plan plan = plan_reduction(extents, 2 * sizeof(T), x.common_channels());
   GradientReduction<T> sums(plan, dy, x, normalization, fusion);
   run_reduction(
       plan, [&](const Tile& tile, std::size_t segment) { sums.reduce(tile, segment); },
@@ -314,7 +317,8 @@ void batch_norm_backward_elemt(const Extents& extents, const GradientOperands<T>
   const Kernels<T>& kernels = kernels_for<T>(extents);
   GradientCoefficients<T> coefficients(sums ? extents.channels : 0);
   if (sums) coefficients.set(0, extents.channels, normalization, *sums);
-  run_application(plan_application(extents, 2 * sizeof(T)), [&](const Tile& tile) {
+  const Plan plan = plan_application(extents, 2 * sizeof(T), operands.x.common_channels());
+  run_application(plan, [&](const Tile& tile) {
     const auto gradient = coefficients.from(tile.channel);
     kernels.backward_elemt(tile.block, tile.of(operands.dy), tile.of(operands.x), tile.of(operands.dx),
                            tile.of(operands.dresidual), normalization.affine().from(tile.channel),
@@ -333,19 +337,19 @@ void RunningStatistic::update(std::size_t channels, const double* batch, double 
   }
 }
 
-#define PYBN_INSTANTIATE(T)                                                                                    \
-  template void normalize(std::size_t, std::size_t, const double*, Parameter, Parameter, double,               \
-                          const Normalization<T>&);                                                            \
-  template void batch_norm_stats(const Extents&, Operand<const T>, double*, double*, double*);                 \
-  template void batch_norm_forward(const Extents&, Operand<const T>, Operand<T>, Parameter, Parameter, double, \
-                                   const Fusion<T>&, double*, const Normalization<T>&);                        \
-  template void batch_norm_elemt(const Extents&, Operand<const T>, Operand<T>, const Normalization<T>&,        \
-                                 const Fusion<T>&);                                                            \
-  template void batch_norm_backward(const Extents&, const GradientOperands<T>&, const Normalization<T>&,       \
-                                    const Fusion<T>&, bool, double*, double*);                                 \
-  template void batch_norm_backward_reduce(const Extents&, Operand<const T>, Operand<const T>,                 \
-                                           const Normalization<T>&, const Fusion<T>&, double*, double*);       \
-  template void batch_norm_backward_elemt(const Extents&, const GradientOperands<T>&, const Normalization<T>&, \
+#define PYBN_INSTANTIATE(T)                                                                                          \
+  template void normalize(std::size_t, std::size_t, const double*, Parameter, Parameter, double,                     \
+                          const Normalization<T>&);                                                                  \
+  template void batch_norm_stats(const Extents&, Operand<const T>, double*, double*, double*);                       \
+  template void batch_norm_forward(const Extents&, const Pieces<const T>&, Operand<T>, Parameter, Parameter, double, \
+                                   const Fusion<T>&, double*, const Normalization<T>&);                              \
+  template void batch_norm_elemt(const Extents&, const Pieces<const T>&, Operand<T>, const Normalization<T>&,        \
+                                 const Fusion<T>&);                                                                  \
+  template void batch_norm_backward(const Extents&, const GradientOperands<T>&, const Normalization<T>&,             \
+                                    const Fusion<T>&, bool, double*, double*);                                       \
+  template void batch_norm_backward_reduce(const Extents&, Operand<const T>, const Pieces<const T>&,                 \
+                                           const Normalization<T>&, const Fusion<T>&, double*, double*);             \
+  template void batch_norm_backward_elemt(const Extents&, const GradientOperands<T>&, const Normalization<T>&,       \
                                           const Fusion<T>&, const GradientSums*);
 
 PYBN_INSTANTIATE(float)

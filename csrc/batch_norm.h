@@ -2,13 +2,14 @@
 //
 // Every function is a template over the data type T (float, double, Float16, BFloat16). Per-channel values are double,
 // except for the affine map that the kernels apply, which is of the type that T is computed with. Results are the same
-// bits for any number of threads.
+// bits for any number of threads, and for x in any pieces; planes only may be in pieces.
 #pragma once
 
 #include <cstddef>
 
 #include "kernel_table.h"
 #include "layout.h"
+#include "pieces.h"
 
 namespace pybn {
 
@@ -38,19 +39,22 @@ void batch_norm_stats(const Extents&, Operand<const T> x, double* mean, double* 
 // Training: statistics of x, then y = activation((x - mean) * invstd * weight + bias + residual). Fills `var` (biased)
 // and `normalization`.
 template <class T>
-void batch_norm_forward(const Extents&, Operand<const T> x, Operand<T> y, Parameter weight, Parameter bias, double eps,
-                        const Fusion<T>&, double* var, const Normalization<T>& normalization);
+void batch_norm_forward(const Extents&, const Pieces<const T>& x, Operand<T> y, Parameter weight, Parameter bias,
+                        double eps, const Fusion<T>&, double* var, const Normalization<T>& normalization);
 
 // y = activation(affine(x) + residual), with a normalization that is already filled.
 template <class T>
-void batch_norm_elemt(const Extents&, Operand<const T> x, Operand<T> y, const Normalization<T>&, const Fusion<T>&);
+void batch_norm_elemt(const Extents&, const Pieces<const T>& x, Operand<T> y, const Normalization<T>&,
+                      const Fusion<T>&);
 
 // What a backward pass reads and writes: dresidual, if it is there, becomes dz, the gradient passed back through the
 // activation.
 template <class T>
 struct GradientOperands {
-  Operand<const T> dy, x;
-  Operand<T> dx, dresidual;
+  Operand<const T> dy;
+  Pieces<const T> x;
+  Pieces<T> dx;  // in x's pieces
+  Operand<T> dresidual;
 };
 
 // The whole backward pass: the two sums, then dx, which in evaluation does not depend on them.
@@ -60,7 +64,7 @@ void batch_norm_backward(const Extents&, const GradientOperands<T>&, const Norma
 
 // sum_dy = sum(dz), sum_dy_xmu = sum((x - mean) * dz).
 template <class T>
-void batch_norm_backward_reduce(const Extents&, Operand<const T> dy, Operand<const T> x, const Normalization<T>&,
+void batch_norm_backward_reduce(const Extents&, Operand<const T> dy, const Pieces<const T>& x, const Normalization<T>&,
                                 const Fusion<T>&, double* sum_dy, double* sum_dy_xmu);
 
 // The sums over `count` values per channel, of this batch or of several processes.

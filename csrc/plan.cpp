@@ -84,13 +84,22 @@ Partition reduction_partition(const Extents& e) {
   return {e, 1, round_up(ceil_div(e.inner, e.inner / kSegment), 64)};
 }
 
+// The largest divisor of `common_channels` that is not above `group`; that itself if there is nothing to divide.
+std::size_t dividing(std::size_t common_channels, std::size_t group) {
+  if (common_channels == 0 || group == 0) return group;
+  group = std::min(group, common_channels);
+  while (common_channels % group != 0) --group;
+  return group;
+}
+
 // Channels per task of a plan in which segments and groups of channels are both spread over the threads.
-std::size_t shared_group(const Partition& partition, std::size_t bytes_per_value, int threads) {
+std::size_t shared_group(const Partition& partition, std::size_t bytes_per_value, std::size_t common_channels,
+                         int threads) {
   const Extents& e = partition.extents;
   const std::size_t tasks = balanced_tasks(e, bytes_per_value, threads);
   const std::size_t balanced = std::max<std::size_t>(1, e.channels / ceil_div(tasks, partition.segments()));
   if (e.is_rows()) return std::min(e.channels, round_up(balanced, kRowRun));
-  return std::min({balanced, ceil_div(kRunBytes, e.inner * bytes_per_value), kGroup});
+  return dividing(common_channels, std::min({balanced, ceil_div(kRunBytes, e.inner * bytes_per_value), kGroup}));
 }
 
 }  // namespace
@@ -103,7 +112,7 @@ Tile tile_of(const Partition& partition, std::size_t segment, std::size_t first_
                 std::min(partition.inner_step, partition.extents.inner - inner)}};
 }
 
-Plan plan_reduction_and_application(const Extents& e, std::size_t bytes_per_value) {
+Plan plan_reduction_and_application(const Extents& e, std::size_t bytes_per_value, std::size_t common_channels) {
   const Partition partition = reduction_partition(e);
   const int threads = threads_for(e, bytes_per_value);
   const std::size_t tasks = balanced_tasks(e, bytes_per_value, threads);
@@ -116,29 +125,29 @@ Plan plan_reduction_and_application(const Extents& e, std::size_t bytes_per_valu
   if (e.is_rows())
     group = group * bytes_per_value < kPrivateRunBytes ? 0 : group - group % kRowRun;
   else
-    group = std::min({group, ceil_div(kRunBytes, e.inner * bytes_per_value), kGroup});
+    group = dividing(common_channels, std::min({group, ceil_div(kRunBytes, e.inner * bytes_per_value), kGroup}));
   if (group > 0) return {partition, group, group, true, threads};
 
   // Otherwise the threads share a wave of channels, as few as keep them all busy.
-  group = shared_group(partition, bytes_per_value, threads);
+  group = shared_group(partition, bytes_per_value, common_channels, threads);
   const std::size_t wave = e.is_rows() ? e.channels : round_up(ceil_div(tasks, partition.segments()), group);
   return {partition, group, wave, false, threads};
 }
 
-Plan plan_reduction(const Extents& e, std::size_t bytes_per_value) {
+Plan plan_reduction(const Extents& e, std::size_t bytes_per_value, std::size_t common_channels) {
   const Partition partition = reduction_partition(e);
   const int threads = threads_for(e, bytes_per_value);
-  return {partition, shared_group(partition, bytes_per_value, threads), e.channels, false, threads};
+  return {partition, shared_group(partition, bytes_per_value, common_channels, threads), e.channels, false, threads};
 }
 
-Plan plan_application(const Extents& e, std::size_t bytes_per_value) {
+Plan plan_application(const Extents& e, std::size_t bytes_per_value, std::size_t common_channels) {
   const int threads = threads_for(e, bytes_per_value);
   // In planes and in rows a task has whole bytes of a mask.
   const std::size_t most = kApplicationBytes / bytes_per_value;
   const std::size_t share = ceil_div(e.outer * e.channels * e.inner, balanced_tasks(e, bytes_per_value, threads));
   const std::size_t values = round_up(std::min(most, share), kMaskValues);
   const std::size_t inner_step = std::min(e.inner, values);
-  const std::size_t group = std::clamp<std::size_t>(values / inner_step, 1, e.channels);
+  const std::size_t group = dividing(common_channels, std::clamp<std::size_t>(values / inner_step, 1, e.channels));
   const std::size_t outer_step = std::max<std::size_t>(1, values / (inner_step * group));
   return {Partition{e, outer_step, inner_step}, group, e.channels, false, threads};
 }

@@ -10,6 +10,7 @@
 
 #include "kernel_table.h"
 #include "layout.h"
+#include "pieces.h"
 
 namespace pybn {
 
@@ -35,6 +36,11 @@ struct Tile {
     if (!operand) return {};
     return {operand.at(outer, channel, inner), operand.outer_stride, operand.channel_stride};
   }
+  template <class T>
+  Operand<T> of(const Pieces<T>& pieces) const {
+    const auto [operand, first] = pieces.at_channel(channel);
+    return Tile{outer, channel - first, inner, block}.of(operand);
+  }
   Mask of(const Mask& mask) const {
     if (!mask) return {};
     const bool is_rows = mask.plane_stride == 0;
@@ -50,6 +56,10 @@ struct Tile {
   template <class T>
   Operand<T> reversed(const Operand<T>& operand) const {
     return flipped(of(operand));
+  }
+  template <class T>
+  Operand<T> reversed(const Pieces<T>& pieces) const {
+    return flipped(of(pieces));
   }
   template <class T>
   Fusion<T> reversed(const Fusion<T>& fusion) const {
@@ -79,13 +89,13 @@ struct Plan {
 };
 
 // For a reduction that is followed by an application to the same data; `bytes_per_value` counts every operand that is
-// read twice.
-Plan plan_reduction_and_application(const Extents&, std::size_t bytes_per_value);
+// read twice. Groups are divisors of `common_channels`, if that is not 0: those of operands in pieces.
+Plan plan_reduction_and_application(const Extents&, std::size_t bytes_per_value, std::size_t common_channels);
 
 // For a reduction alone.
-Plan plan_reduction(const Extents&, std::size_t bytes_per_value);
+Plan plan_reduction(const Extents&, std::size_t bytes_per_value, std::size_t common_channels);
 
 // For an application alone: its partition is free, since it sums nothing.
-Plan plan_application(const Extents&, std::size_t bytes_per_value);
+Plan plan_application(const Extents&, std::size_t bytes_per_value, std::size_t common_channels);
 
 }  // namespace pybn

@@ -276,6 +276,83 @@ Operand<T> operand(const Tensor* tensor, const Strides& strides) {
   return {reinterpret_cast<T*>(tensor->bytes()), strides.outer, strides.channel};
 }
 
+// x as Python gives it: a tensor, or a tuple of contiguous ones that would be x if they were concatenated along the
+// channels.
+class Source {
+ public:
+  explicit Source(py::handle object) : is_whole_(!PyTuple_Check(object.ptr())) {
+    if (is_whole_)
+      pieces_.push_back(floating(object));
+    else
+      for (const py::handle piece : py::reinterpret_borrow<py::tuple>(object)) pieces_.push_back(floating(piece));
+  }
+
+  // A tensor of the whole's shape, type and strides, in which only one piece has its data, while this is there; nothing
+  // if the pieces do not fit together.
+  std::optional<Tensor> whole() {
+    if (pieces_.empty() || !std::all_of(pieces_.begin(), pieces_.end(), [](const auto& p) { return p.has_value(); }))
+      return std::nullopt;
+    Tensor x = *pieces_.front();
+    if (is_whole_) return x;
+    if (x.ndim > kMaxAxes || x.ndim < 3 || x.numel() == x.size(0) * x.size(1)) return std::nullopt;  // rows, not planes
+    std::copy(x.shape, x.shape + x.ndim, shape_.begin());
+    shape_[1] = 0;
+    for (const std::optional<Tensor>& piece : pieces_) {
+      const auto has_size = [&](int d) { return d == 1 || piece->shape[d] == x.shape[d]; };
+      if (piece->type != x.type || piece->ndim != x.ndim || piece->numel() == 0 || !has_size(0)) return std::nullopt;
+      for (int d = 2; d < x.ndim; ++d)
+        if (!has_size(d)) return std::nullopt;
+      if (!piece->has_strides(contiguous_strides(*piece).data())) return std::nullopt;
+      shape_[1] += piece->shape[1];
+    }
+    x.shape = shape_.data();
+    strides_ = contiguous_strides(x);
+    x.strides = strides_.data();
+    return x;
+  }
+  bool is_whole() const { return is_whole_; }
+
+  template <class T>
+  Pieces<const T> operands(const Problem& problem) const {
+    if (is_whole_) return operand<const T>(&*pieces_.front(), problem.x);
+    return side_by_side<const T>(pieces_, problem);
+  }
+
+  // New tensors for a result in x's pieces.
+  std::vector<NewTensor> new_tensors(const Problem& problem) const {
+    std::vector<NewTensor> result;
+    for (const std::optional<Tensor>& piece : pieces_)
+      result.push_back(new_like(*piece, is_whole_ ? problem.target : contiguous_strides(*piece)));
+    return result;
+  }
+  template <class T>
+  Pieces<T> operands(const std::vector<NewTensor>& tensors, const Problem& problem) const {
+    if (is_whole_) return operand<T>(&tensors.front().view, problem.others);
+    std::vector<std::optional<Tensor>> views;
+    for (const NewTensor& tensor : tensors) views.push_back(tensor.view);
+    return side_by_side<T>(views, problem);
+  }
+
+ private:
+  template <class T>
+  static Pieces<T> side_by_side(const std::vector<std::optional<Tensor>>& tensors, const Problem& problem) {
+    std::vector<Piece<T>> pieces;
+    std::size_t first = 0;
+    for (const std::optional<Tensor>& tensor : tensors) {
+      const auto inner = static_cast<std::ptrdiff_t>(problem.extents.inner);
+      const std::size_t channels = tensor->size(1);
+      const Strides strides{static_cast<std::ptrdiff_t>(channels) * inner, inner};
+      pieces.push_back({first, channels, operand<T>(&*tensor, strides)});
+      first += channels;
+    }
+    return Pieces<T>(std::move(pieces));
+  }
+
+  bool is_whole_;
+  std::vector<std::optional<Tensor>> pieces_;
+  Axes shape_{}, strides_{};
+};
+
 // ---- per-channel values
 
 // float32 or float64, of x's number of channels. None is an absent one; nothing is one that cannot be used.
@@ -374,7 +451,8 @@ std::optional<std::tuple<py::object, py::object, py::object>> forward(py::handle
                                                                       py::handle residual_object, bool training,
                                                                       double momentum, double eps,
                                                                       ActivationArguments activation, bool keeps) {
-  const std::optional<Tensor> x = floating(x_object);
+  Source source(x_object);
+  const std::optional<Tensor> x = source.whole();
   if (!x) return std::nullopt;
   const std::optional<Problem> found = problem_of(*x);
   if (!found) return std::nullopt;
@@ -404,7 +482,7 @@ std::optional<std::tuple<py::object, py::object, py::object>> forward(py::handle
     const OwnNormalization<T> normalization(channels);
     const Normalization<T> n = normalization.view();
     const Fusion<T> f = fusion<T>(problem, activation, pointer(residual), mask ? &mask->view : nullptr);
-    const auto input = operand<const T>(&*x, problem.x);
+    const auto input = source.operands<T>(problem);
     const auto output = operand<T>(&y.view, problem.others);
     if (training) {
       std::vector<double> batch_var(channels);
@@ -438,12 +516,21 @@ py::object parameter_gradient(const double* sums, const double* factors, std::si
   return std::move(gradient.object);
 }
 
+// The tensor, or a tuple of those that are in pieces.
+py::object objects_of(std::vector<NewTensor>& tensors, bool is_whole) {
+  if (is_whole) return std::move(tensors.front().object);
+  py::tuple objects(tensors.size());
+  for (std::size_t i = 0; i < tensors.size(); ++i) objects[i] = std::move(tensors[i].object);
+  return std::move(objects);
+}
+
 // dx, dweight, dbias and dresidual, each None if it is not wanted: the parameters are given if their gradients are.
 std::optional<std::tuple<py::object, py::object, py::object, py::object>> backward(
     py::handle dy_object, py::handle x_object, py::handle residual_object, py::handle mask_object,
     const SavedArray& saved, py::handle weight, py::handle bias, bool training, ActivationArguments activation,
     bool wants_dx, bool wants_dresidual) {
-  const std::optional<Tensor> x = floating(x_object), dy = floating(dy_object);
+  Source source(x_object);
+  const std::optional<Tensor> x = source.whole(), dy = floating(dy_object);
   if (!x || !dy) return std::nullopt;
   const std::optional<Problem> found = problem_of(*x);
   if (!found || !fits(*x, *dy, *found)) return std::nullopt;
@@ -459,8 +546,9 @@ std::optional<std::tuple<py::object, py::object, py::object, py::object>> backwa
   require(!wants_dresidual || residual || mask, "a residual's gradient without a residual or a mask");
 
   const TorchThreads threads;
-  std::optional<NewTensor> dx, dresidual;
-  if (wants_dx || wants_dresidual) dx = new_like(*x, problem.target);  // the kernels write both
+  std::vector<NewTensor> dx;
+  std::optional<NewTensor> dresidual;
+  if (wants_dx || wants_dresidual) dx = source.new_tensors(problem);  // the kernels write both
   if (wants_dresidual) dresidual = new_like(*x, problem.target);
   const bool wants_sums = *w || *b;
   std::vector<double> sums(2 * channels);
@@ -469,10 +557,11 @@ std::optional<std::tuple<py::object, py::object, py::object, py::object>> backwa
     const OwnNormalization<T> normalization(saved, channels);
     const Normalization<T> n = normalization.view();
     const Fusion<T> f = fusion<T>(problem, activation, pointer(residual), pointer(mask));
-    const auto gradient = operand<const T>(&*dy, problem.others), input = operand<const T>(&*x, problem.x);
+    const auto gradient = operand<const T>(&*dy, problem.others);
+    const auto input = source.operands<T>(problem);
     double *sum_dy = sums.data(), *sum_dy_xmu = sum_dy + channels;
-    if (dx) {
-      const GradientOperands<T> operands{gradient, input, operand<T>(&dx->view, problem.others),
+    if (!dx.empty()) {
+      const GradientOperands<T> operands{gradient, input, source.operands<T>(dx, problem),
                                          operand<T>(dresidual ? &dresidual->view : nullptr, problem.others)};
       if (training || wants_sums)
         compute([&] { batch_norm_backward<T>(extents, operands, n, f, training, sum_dy, sum_dy_xmu); });
@@ -482,7 +571,7 @@ std::optional<std::tuple<py::object, py::object, py::object, py::object>> backwa
       compute([&] { batch_norm_backward_reduce<T>(extents, gradient, input, n, f, sum_dy, sum_dy_xmu); });
     }
     return std::optional(
-        std::make_tuple(wants_dx ? std::move(dx->object) : py::none(),
+        std::make_tuple(wants_dx ? objects_of(dx, source.is_whole()) : py::none(),
                         *w ? parameter_gradient(sum_dy_xmu, n.invstd, channels, w->is_double) : py::none(),
                         *b ? parameter_gradient(sum_dy, nullptr, channels, b->is_double) : py::none(),
                         wants_dresidual ? std::move(dresidual->object) : py::none()));

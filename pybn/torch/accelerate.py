@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from pybn.torch import kernels, memory, modules
 from pybn.torch.epilogues import fuse
 from pybn.torch.forwards import FusedForward, Untraceable, trace
-from pybn.torch.functional import normalize
+from pybn.torch.functional import normalize, normalize_concatenated
 from pybn.torch.inplace import is_overwritable
 from pybn.torch.inplace import overwrite as overwrite_
 
@@ -86,7 +86,12 @@ class Accelerated(NamedTuple):
 
 
 def accelerate(
-    model: nn.Module, *, inplace: bool = False, inplace_activations: bool = False, reuse_memory: bool = False
+    model: nn.Module,
+    *,
+    inplace: bool = False,
+    inplace_activations: bool = False,
+    concatenations: bool = False,
+    reuse_memory: bool = False,
 ) -> Accelerated:
     """Make a model's batch norms pybn's, together with the sums and activations behind them.
 
@@ -103,6 +108,11 @@ def accelerate(
     inplace_activations : bool
         Whether norms without an activation, or with a leaky ReLU, overwrite their inputs where those are nobody
         else's, which takes less memory: see `InPlaceABN`. Backward passes through them cannot be differentiated again.
+    concatenations : bool
+        Whether norms of a concatenation (``norm(torch.cat(tensors, 1))``, as in DenseNet) read the tensors instead,
+        and the concatenation is not made, which takes less memory and time. The tensors themselves are kept for the
+        backward pass then: it raises torch's RuntimeError if something has changed one in place in between, which a
+        concatenation would have survived. That is why it is not the default.
     reuse_memory : bool
         Whether the process keeps the memory that it frees, which networks of large tensors gain most from: see
         `pybn.torch.reuse_memory`. It concerns the whole process and `restore` does not end it, so it is not the
@@ -149,7 +159,9 @@ def accelerate(
         if _may_call(module, layers):
             left += [
                 Left(_join(name, path), reason)
-                for path, reason in _fuse_forward(module, layers, overwrite=inplace_activations)
+                for path, reason in _fuse_forward(
+                    module, layers, {"overwrite": inplace_activations, "concatenate": concatenations}
+                )
             ]
     replaced = tuple(Replaced(names[layer], tuple(fused)) for layer, fused in layers.items())
     return Accelerated(model, Report(replaced, tuple(left), reuse_memory))
@@ -183,16 +195,23 @@ class AcceleratedLayer(_BatchNorm):
 
     def forward(
         self,
-        input: Tensor,
+        input: Tensor | tuple[Tensor, ...],
         residual: Tensor | None = None,
         *,
         activation: str | None = None,
         negative_slope: float = 0.01,
         overwrite: bool = False,
     ) -> Tensor:
-        """activation(norm(input) + residual), where the residual is whatever can be added; see `overwrite`."""
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        """activation(norm(input) + residual), where the residual is whatever can be added; see `overwrite`.
+
+        A tuple of tensors stands for their concatenation along the channels, and comes without a residual.
+        """
+        self._check_input_dim(input[0] if isinstance(input, tuple) else input)  # type: ignore[no-untyped-call]
         weight, bias, statistics = modules.state_of(self)
+        if isinstance(input, tuple):
+            return normalize_concatenated(
+                input, *statistics[:3], weight, bias, *statistics[3:], self.eps, activation, negative_slope
+            )
         if overwrite and is_overwritable(input, weight, bias):
             return overwrite_(input, statistics, weight, bias, self.eps, activation, negative_slope)
         mean, var, counter, training, momentum = statistics
@@ -263,7 +282,7 @@ def _may_call(module: nn.Module, layers: dict[nn.Module, list[str]]) -> bool:
 
 
 def _fuse_forward(
-    module: nn.Module, layers: dict[nn.Module, list[str]], *, overwrite: bool
+    module: nn.Module, layers: dict[nn.Module, list[str]], options: dict[str, bool]
 ) -> Iterator[tuple[str, str]]:
     """Give a module a `FusedForward` if there is anything for it. Yields (path, reason) of what is left."""
     if "forward" in vars(module):
@@ -279,13 +298,13 @@ def _fuse_forward(
         except Untraceable as reason:
             refused["", str(reason)] = None
             continue
-        fusions, refusals = fuse(graph, parts, is_accelerated, overwrite=overwrite)
+        fusions, refusals = fuse(graph, parts, is_accelerated, **options)
         found |= dict.fromkeys((fusion.norm, str(fusion)) for fusion in fusions)
         refused |= dict.fromkeys(refusals.items())
     for path, what in found:
         layers[parts[path]].append(what)
     if found:
-        module.forward = FusedForward(module, is_accelerated, overwrite=overwrite)
+        module.forward = FusedForward(module, is_accelerated, **options)
     yield from refused
 
 

@@ -1,4 +1,5 @@
-"""What follows a batch norm in a forward pass, and may be computed with it: a sum, an activation.
+"""What is around a batch norm in a forward pass, and may be computed with it: a sum and an activation behind it, a
+concatenation before it.
 
 A graph of torch.fx is the record of one forward pass; `fuse` edits it. How it was traced is told in `forwards`.
 """
@@ -38,7 +39,7 @@ _METHODS_IN_PLACE = ("relu_", "add_")
 _FRESH_MODULES = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear
 )  # fmt: skip
-_FRESH_FUNCTIONS: tuple[Any, ...] = (torch.cat, torch.concat)
+_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 
 # Slopes that the inverse of the activation can divide by without losing what backward needs.
 _INVERTIBLE_SLOPE = 1e-3
@@ -58,6 +59,8 @@ class Fusion:
     negative_slope : float
     overwrites : bool
         Whether the result takes its input's memory.
+    concatenates : bool
+        Whether its input is a concatenation, which is not made.
     modules : tuple of str
         The paths of all modules that take part: a hook on any of them would see something else.
     """
@@ -67,10 +70,12 @@ class Fusion:
     activation: str | None = None
     negative_slope: float = 0.01
     overwrites: bool = False
+    concatenates: bool = False
     modules: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        parts = ["sum"] * self.adds + [str(self.activation)] * (self.activation is not None)
+        parts = ["concatenation"] * self.concatenates + ["sum"] * self.adds
+        parts += [str(self.activation)] * (self.activation is not None)
         return " + ".join(parts) + (" in place" if self.overwrites else "")
 
 
@@ -86,6 +91,7 @@ class _Chain:
     addition: Node | None = None
     residual: Node | None = None
     activation: Node | None = None
+    concatenation: Node | None = None
 
     @property
     def nodes(self) -> list[Node]:
@@ -93,9 +99,14 @@ class _Chain:
 
 
 def fuse(
-    graph: Graph, modules: Mapping[str, nn.Module], is_norm: Callable[[nn.Module], bool], *, overwrite: bool = False
+    graph: Graph,
+    modules: Mapping[str, nn.Module],
+    is_norm: Callable[[nn.Module], bool],
+    *,
+    overwrite: bool = False,
+    concatenate: bool = False,
 ) -> tuple[list[Fusion], dict[str, str]]:
-    """Put sums and activations into the calls of the batch norms that they follow.
+    """Put sums, activations and concatenations into the calls of the batch norms that they surround.
 
     Parameters
     ----------
@@ -108,6 +119,9 @@ def fuse(
     overwrite : bool
         Whether norms may write their results over their inputs, where nobody else sees those; they are called with
         ``overwrite=True`` then.
+    concatenate : bool
+        Whether norms of a concatenation along axis 1, which nobody else sees, may be called with a tuple of what it
+        concatenates instead.
 
     Returns
     -------
@@ -127,7 +141,9 @@ def fuse(
             refused[node] = str(refusal)
             chain = _Chain(node)
         overwrites = overwrite and reader.may_overwrite(chain)
-        if overwrites or len(chain.nodes) > 1:
+        if concatenate and not overwrites:
+            chain.concatenation = reader.concatenation(chain)
+        if overwrites or chain.concatenation is not None or len(chain.nodes) > 1:
             fusions.append(reader.rewrite(chain, overwrites))
     # A sum of two norms that one of them could not take may have gone to the other.
     left = {node: reason for node, reason in refused.items() if any(map(reader.is_epilogue, node.users))}
@@ -192,7 +208,7 @@ class _Reader:
         if node.op == "call_module":
             module = self.module(node)
             return module is not None and type(module) in _FRESH_MODULES and not has_hooks(module)
-        return node.op == "call_function" and node.target in _FRESH_FUNCTIONS
+        return node.op == "call_function" and node.target in _CONCATENATIONS
 
     # ---- what follows a norm
 
@@ -247,8 +263,7 @@ class _Reader:
 
     def require_movable(self, norm: Node, addition: Node) -> None:
         """The norm is to be computed where the sum is: nothing in between may change its input, or call it."""
-        between = [n for n in self.graph.nodes if self.position[norm] < self.position[n] < self.position[addition]]
-        between = [node for node in between if node.op.startswith("call_")]
+        between = self.calls_between(norm, addition)
         source = norm.args[0]
         assert isinstance(source, Node)
         if between and not (self.is_fresh(source) and len(source.users) == 1):
@@ -258,6 +273,10 @@ class _Reader:
             module = self.module(node)
             if module is not None and any(part is layer for part in module.modules()):
                 raise Refused("it is called again before the sum")
+
+    def calls_between(self, first: Node, last: Node) -> list[Node]:
+        inside = (n for n in self.graph.nodes if self.position[first] < self.position[n] < self.position[last])
+        return [node for node in inside if node.op.startswith("call_")]
 
     def require_no_hooks(self, node: Node) -> None:
         module = self.module(node)
@@ -278,9 +297,31 @@ class _Reader:
         name, slope = self.activation(chain.activation), self.negative_slope(chain.activation)
         return name == "leaky_relu" and slope >= _INVERTIBLE_SLOPE
 
+    def concatenation(self, chain: _Chain) -> Node | None:
+        """The concatenation right before a norm, if the norm can read its pieces instead."""
+        norm = chain.norm
+        source = norm.args[0] if len(norm.args) == 1 and not norm.kwargs else None
+        if not isinstance(source, Node) or source.op != "call_function" or source.target not in _CONCATENATIONS:
+            return None
+        module, pieces = self.module(norm), self.pieces(source)
+        if not pieces or len(source.users) > 1 or chain.addition is not None or module is None or has_hooks(module):
+            return None
+        # A concatenation is a copy, which no change of a piece reaches, be it before the norm or before its gradient.
+        is_changed = any(self.writes_to(node) is piece for node in self.graph.nodes for piece in pieces)
+        return None if is_changed or self.calls_between(source, norm) else source
+
+    def pieces(self, concatenation: Node) -> tuple[Node, ...]:
+        """What is concatenated along axis 1; nothing if it is not known, or along another axis."""
+        arguments = dict(zip(("tensors", "dim"), concatenation.args, strict=False)) | concatenation.kwargs
+        pieces = arguments.pop("tensors", None)
+        if arguments != {"dim": 1} or not isinstance(pieces, (list, tuple)):
+            return ()
+        return tuple(pieces) if all(isinstance(piece, Node) for piece in pieces) else ()
+
     def rewrite(self, chain: _Chain, overwrites: bool) -> Fusion:
         """Replace a chain's nodes by one call of the norm."""
         norm, addition, activation = chain.norm, chain.addition, chain.activation
+        concatenation = chain.concatenation
         name = None if activation is None else self.activation(activation)
         slope = 0.01 if activation is None else float(self.negative_slope(activation))
         kwargs: dict[str, Any] = {"activation": name, "negative_slope": slope}
@@ -289,13 +330,18 @@ class _Reader:
         parts = [*chain.nodes, norm.args[0]] if overwrites else chain.nodes
         modules = tuple(str(node.target) for node in parts if isinstance(node, Node) and node.op == "call_module")
         at = addition or norm
+        source = norm.args[0] if concatenation is None else self.pieces(concatenation)
         with self.graph.inserting_before(at):
-            call = self.graph.call_module(str(norm.target), (norm.args[0], chain.residual), kwargs)
+            call = self.graph.call_module(str(norm.target), (source, chain.residual), kwargs)
         self.position[call] = self.position[at]
         for node in reversed(chain.nodes):
             node.replace_all_uses_with(call)
             self.graph.erase_node(node)
-        return Fusion(str(norm.target), addition is not None, name, slope, overwrites, modules)
+        if concatenation is not None:
+            self.graph.erase_node(concatenation)
+        return Fusion(
+            str(norm.target), addition is not None, name, slope, overwrites, concatenation is not None, modules
+        )
 
 
 def has_hooks(module: nn.Module) -> bool:

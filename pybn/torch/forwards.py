@@ -268,14 +268,21 @@ class FusedForward:
     module : torch.nn.Module
     is_norm : function of a module
         Whether it is a norm that can be fused.
-    overwrite : bool
-        Whether norms may write over their inputs where nobody else sees those.
+    overwrite, concatenate : bool
+        What norms may do to their inputs: see `epilogues.fuse`.
     """
 
-    def __init__(self, module: nn.Module, is_norm: Callable[[nn.Module], bool], *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        is_norm: Callable[[nn.Module], bool],
+        *,
+        overwrite: bool = False,
+        concatenate: bool = False,
+    ) -> None:
         self.module = module
         self.is_norm = is_norm
-        self.overwrite = overwrite
+        self.options = {"overwrite": overwrite, "concatenate": concatenate}
         self._variants: dict[Any, _Variant | None] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -296,7 +303,7 @@ class FusedForward:
             graph = trace(self.module, args, kwargs)
         except Untraceable:
             return None
-        fusions, _ = fuse(graph, dict(self.module.named_modules()), self.is_norm, overwrite=self.overwrite)
+        fusions, _ = fuse(graph, dict(self.module.named_modules()), self.is_norm, **self.options)
         return _Variant(self.module, graph, fusions) if fusions else None
 
     # What others ask a forward method for: torch.export its code, inspect its signature.

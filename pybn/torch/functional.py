@@ -117,6 +117,35 @@ def normalize(
     return y
 
 
+def normalize_concatenated(
+    pieces: tuple[Tensor, ...],
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    counter: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    activation: str | None,
+    negative_slope: float,
+) -> Tensor:
+    """`normalize` of ``torch.cat(pieces, 1)``, which is not made where the core can read the pieces instead."""
+    if kernels.is_eager():
+        act = (kernels.activation_index(activation), negative_slope)
+        keeps = _is_grad_enabled()
+        result = kernels.forward(
+            pieces, weight, bias, running_mean, running_var, counter, None, training, momentum, eps, act, keeps
+        )
+        if result is not None:
+            done = (result, training, eps, act)
+            return attach_pieces(weight, bias, done, *pieces) if keeps else result[0]  # type: ignore[no-any-return]
+    return normalize(
+        torch.cat(pieces, 1), running_mean, running_var, counter, weight, bias, training, momentum, eps, activation,
+        negative_slope, None,
+    )  # fmt: skip
+
+
 def _normalize_unusual(
     x: Tensor,
     running_mean: Tensor | None,
@@ -209,6 +238,45 @@ class _BatchNorm(torch.autograd.Function):
 
 # What Function.apply does besides is for functorch, which is_eager() rules out; without it a call takes 1 us less.
 attach: Any = super(torch.autograd.Function, _BatchNorm).apply
+
+
+class _BatchNormOfPieces(torch.autograd.Function):
+    """The same for a concatenation that is not made, so that its pieces are kept and get gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        done: tuple[kernels.Result, bool, float, kernels.Activation],
+        *pieces: Tensor,
+    ) -> Tensor:
+        (y, ctx.saved, _), ctx.training, ctx.eps, ctx.activation = done
+        ctx.save_for_backward(weight, bias, *pieces)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight, bias, *pieces = ctx.saved_tensors
+        wants_dweight, wants_dbias, _, *wants_pieces = ctx.needs_input_grad
+        saved, training, activation = ctx.saved, ctx.training, ctx.activation
+        if not _is_grad_enabled() and kernels.is_eager():
+            w, b = weight if wants_dweight else None, bias if wants_dbias else None
+            wanted = (saved, w, b, training, activation, any(wants_pieces), False)
+            result = kernels.backward(dy.contiguous(), tuple(pieces), None, None, *wanted)
+            if result is not None:
+                parts, dweight, dbias, _ = result
+                return dweight, dbias, None, *(parts if parts is not None else (None,) * len(pieces))
+        x = torch.cat(pieces, 1)
+        slope = _slope(x, None, saved, training, activation)
+        dx, dweight, dbias, _ = kernels.differentiable_backward(
+            dy, x, weight, bias, None, slope, torch.from_numpy(saved), training, ctx.eps, activation[0]
+        )
+        gradients = (dweight, dbias, None, *torch.split(dx, [piece.size(1) for piece in pieces], 1))
+        return tuple(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=True))
+
+
+attach_pieces: Any = super(torch.autograd.Function, _BatchNormOfPieces).apply
 
 
 def _slope(x: Tensor, mask: Tensor | None, saved: Any, training: bool, activation: kernels.Activation) -> Tensor | None:

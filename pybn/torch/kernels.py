@@ -70,6 +70,7 @@ def activation_index(activation: str | None) -> int:
         raise ValueError(f"activation is {activation!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}") from None
 
 
+# x may be a tuple of tensors, which stand for their concatenation along the channels; so is dx then.
 forward: Callable[..., Any] = _core.torch_forward  # Result, or None if it declines
 backward: Callable[..., Any] = _core.torch_backward  # dx, dweight, dbias and dresidual, or None if it declines
 
