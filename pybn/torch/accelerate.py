@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from pybn.torch import kernels, memory, modules
 from pybn.torch.epilogues import fuse
 from pybn.torch.forwards import FusedForward, Untraceable, trace
-from pybn.torch.functional import normalize, normalize_concatenated
+from pybn.torch.functional import normalize
 from pybn.torch.inplace import is_overwritable
 from pybn.torch.inplace import overwrite as overwrite_
 
@@ -208,14 +208,14 @@ class AcceleratedLayer(_BatchNorm):
         """
         self._check_input_dim(input[0] if isinstance(input, tuple) else input)  # type: ignore[no-untyped-call]
         weight, bias, statistics = modules.state_of(self)
-        if isinstance(input, tuple):
-            return normalize_concatenated(
-                input, *statistics[:3], weight, bias, *statistics[3:], self.eps, activation, negative_slope
-            )
-        if overwrite and is_overwritable(input, weight, bias):
+        if overwrite and isinstance(input, Tensor) and is_overwritable(input, weight, bias):
             return overwrite_(input, statistics, weight, bias, self.eps, activation, negative_slope)
         mean, var, counter, training, momentum = statistics
-        if residual is None or (isinstance(residual, Tensor) and residual.shape == input.shape):
+        if (
+            isinstance(input, tuple)
+            or residual is None
+            or (isinstance(residual, Tensor) and residual.shape == input.shape)
+        ):
             return normalize(
                 input, mean, var, counter, weight, bias, training, momentum, self.eps, activation, negative_slope,
                 residual,

@@ -57,6 +57,8 @@ def batch_norm(
 
     Raises
     ------
+    TypeError
+        An input that is no tensor.
     ValueError
         One value per channel in training, an unknown activation, a residual of another shape; as torch's own, or
         before anything has changed.
@@ -72,6 +74,8 @@ def batch_norm(
             weight, bias, training, momentum, eps, activation=activation, negative_slope=negative_slope,
             residual=residual,
         )  # fmt: skip
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input is a {type(input).__name__}, expected a torch.Tensor")
     return normalize(
         input, running_mean, running_var, None, weight, bias, training, momentum, eps, activation, negative_slope,
         residual,
@@ -79,7 +83,7 @@ def batch_norm(
 
 
 def normalize(
-    x: Tensor,
+    x: Tensor | tuple[Tensor, ...],
     running_mean: Tensor | None,
     running_var: Tensor | None,
     counter: Tensor | None,
@@ -94,6 +98,8 @@ def normalize(
 ) -> Tensor:
     """`batch_norm`, which raises `counter`, an int64 tensor of shape (), together with the running statistics.
 
+    A tuple, which comes without a residual, stands for its concatenation along the channels. That is not made where the
+    core can read the pieces.
     The momentum is a tensor where it is the average of all batches and a graph is made of the call.
     """
     index = kernels.activation_index(activation)
@@ -104,9 +110,15 @@ def normalize(
             x, weight, bias, running_mean, running_var, counter, residual, training, momentum, eps, act, keeps
         )
         if result is not None:
-            if keeps:
-                return attach(x, weight, bias, residual, (result, training, eps, act))  # type: ignore[no-any-return]
-            return result[0]  # type: ignore[no-any-return]
+            if not keeps:
+                return result[0]  # type: ignore[no-any-return]
+            done = (result, training, eps, act)
+            if isinstance(x, tuple):
+                assert residual is None  # whose gradient attach_pieces does not know
+                return attach_pieces(weight, bias, done, *x)  # type: ignore[no-any-return]
+            return attach(x, weight, bias, residual, done)  # type: ignore[no-any-return]
+    if isinstance(x, tuple):
+        x = torch.cat(x, 1)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}, expected {tuple(x.shape)}, the shape of input")
     y = _normalize_unusual(
@@ -115,35 +127,6 @@ def normalize(
     if counter is not None:
         counter.add_(1)
     return y
-
-
-def normalize_concatenated(
-    pieces: tuple[Tensor, ...],
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    counter: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | Tensor,
-    eps: float,
-    activation: str | None,
-    negative_slope: float,
-) -> Tensor:
-    """`normalize` of ``torch.cat(pieces, 1)``, which is not made where the core can read the pieces instead."""
-    if kernels.is_eager():
-        act = (kernels.activation_index(activation), negative_slope)
-        keeps = _is_grad_enabled()
-        result = kernels.forward(
-            pieces, weight, bias, running_mean, running_var, counter, None, training, momentum, eps, act, keeps
-        )
-        if result is not None:
-            done = (result, training, eps, act)
-            return attach_pieces(weight, bias, done, *pieces) if keeps else result[0]  # type: ignore[no-any-return]
-    return normalize(
-        torch.cat(pieces, 1), running_mean, running_var, counter, weight, bias, training, momentum, eps, activation,
-        negative_slope, None,
-    )  # fmt: skip
 
 
 def _normalize_unusual(

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pybn.torch import accelerate, restore
-from pybn.torch.functional import normalize, normalize_concatenated
+from pybn.torch.functional import normalize
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # N, the pieces' channels, and what follows: odd numbers, planes in several segments, many groups, small work.
@@ -38,18 +38,18 @@ def results(function, pieces, statistics, parameters, training=True, activation=
     leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in (*pieces, *parameters)]
     mean, var, counter = (t.clone() for t in statistics)
     inputs = tuple(leaves[: len(pieces)])
-    y = function(inputs, mean, var, counter, *leaves[len(pieces) :], training, 0.1, 1e-5, activation, 0.1)
+    y = function(inputs, mean, var, counter, *leaves[len(pieces) :], training, 0.1, 1e-5, activation, 0.1, None)
     y.backward(torch.linspace(-1, 1, y.numel()).to(y.dtype).view(y.shape))
     return [y.detach(), *(leaf.grad for leaf in leaves), mean, var, counter], y.grad_fn
 
 
 def of_the_concatenation(pieces, *args):
-    return normalize(torch.cat(pieces, 1), *args, None)
+    return normalize(torch.cat(pieces, 1), *args)
 
 
 def check(pieces, statistics, parameters, is_read=True, **kwargs):
     expected, _ = results(of_the_concatenation, pieces, statistics, parameters, **kwargs)
-    actual, graph = results(normalize_concatenated, pieces, statistics, parameters, **kwargs)
+    actual, graph = results(normalize, pieces, statistics, parameters, **kwargs)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     made = any(type(function).__name__ == "CatBackward0" for function, _ in graph.next_functions if function)
@@ -101,9 +101,7 @@ def test_a_piece_alone_or_twice_or_without_gradient():
     check((torch.cat((a, b), 1),), *one_channel_less)
     check((a[:, :1].contiguous(),), [t if t.dim() == 0 else t[:1] for t in statistics], [t[:1] for t in parameters])
     a.requires_grad_()
-    y = normalize_concatenated(
-        (a, b, a), None, None, None, torch.ones(12), torch.zeros(12), True, 0.1, 1e-5, "relu", 0.01
-    )
+    y = normalize((a, b, a), None, None, None, torch.ones(12), torch.zeros(12), True, 0.1, 1e-5, "relu", 0.01, None)
     y.square().sum().backward()
     x = a.detach().clone().requires_grad_()
     expected = normalize(
@@ -119,7 +117,7 @@ def test_gradcheck_and_gradgradcheck(activation):
     pieces, (mean, var, _), parameters = tensors((3, (2, 1), (2, 3)), torch.float64)
 
     def function(a, b, weight, bias):
-        return normalize_concatenated((a, b), mean, var, None, weight, bias, True, 0.1, 1e-5, activation, 0.1)
+        return normalize((a, b), mean, var, None, weight, bias, True, 0.1, 1e-5, activation, 0.1, None)
 
     inputs = [t.clone().requires_grad_() for t in (*pieces, *parameters)]
     assert torch.autograd.gradcheck(function, inputs)

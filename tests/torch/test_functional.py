@@ -334,6 +334,7 @@ def test_errors_come_before_anything_changes():
         (RuntimeError, "weight", lambda: batch_norm(x, mean, var, weight[:3], bias, True)),
         (ValueError, "eps must be positive", lambda: batch_norm(x, mean, var, weight, bias, True, eps=0.0)),
         (RuntimeError, "running_mean", lambda: batch_norm(x, None, None)),
+        (TypeError, "input is a tuple", lambda: batch_norm((x[:, :2], x[:, 2:]), mean, var, weight, bias, True)),
     ]  # fmt: skip
     for error, message, call in cases:
         with pytest.raises(error, match=message):
