@@ -20,7 +20,7 @@ struct Piece {
 template <class T>
 class Pieces {
  public:
-  Pieces(Operand<T> whole) : whole_(whole) {}  // NOLINT: an operand is the usual case
+  Pieces(Operand<T> whole) : whole_(whole) {}  // not explicit: one operand is the usual case
   explicit Pieces(std::vector<Piece<T>> pieces) : whole_(pieces.front().operand), pieces_(std::move(pieces)) {}
 
   // The operand that has a channel, and the first channel that it has.

@@ -280,76 +280,86 @@ Operand<T> operand(const Tensor* tensor, const Strides& strides) {
 // channels.
 class Source {
  public:
-  explicit Source(py::handle object) : is_whole_(!PyTuple_Check(object.ptr())) {
-    if (is_whole_)
-      pieces_.push_back(floating(object));
-    else
-      for (const py::handle piece : py::reinterpret_borrow<py::tuple>(object)) pieces_.push_back(floating(piece));
+  // Nothing if it cannot be used, or its pieces do not fit together.
+  static std::optional<Source> read(py::handle object) {
+    Source source;
+    source.is_whole_ = !PyTuple_Check(object.ptr());
+    const auto add = [&](py::handle piece) {
+      const std::optional<Tensor> tensor = floating(piece);
+      if (tensor) source.pieces_.push_back(*tensor);
+      return tensor.has_value();
+    };
+    if (source.is_whole_) return add(object) ? std::optional(std::move(source)) : std::nullopt;
+    for (const py::handle piece : py::reinterpret_borrow<py::tuple>(object))
+      if (!add(piece)) return std::nullopt;
+    return source.concatenate() ? std::optional(std::move(source)) : std::nullopt;
   }
 
-  // A tensor of the whole's shape, type and strides, in which only one piece has its data, while this is there; nothing
-  // if the pieces do not fit together.
-  std::optional<Tensor> whole() {
-    if (pieces_.empty() || !std::all_of(pieces_.begin(), pieces_.end(), [](const auto& p) { return p.has_value(); }))
-      return std::nullopt;
-    Tensor x = *pieces_.front();
-    if (is_whole_) return x;
-    if (x.ndim > kMaxAxes || x.ndim < 3 || x.numel() == x.size(0) * x.size(1)) return std::nullopt;  // rows, not planes
-    std::copy(x.shape, x.shape + x.ndim, shape_.begin());
-    shape_[1] = 0;
-    for (const std::optional<Tensor>& piece : pieces_) {
-      const auto has_size = [&](int d) { return d == 1 || piece->shape[d] == x.shape[d]; };
-      if (piece->type != x.type || piece->ndim != x.ndim || piece->numel() == 0 || !has_size(0)) return std::nullopt;
-      for (int d = 2; d < x.ndim; ++d)
-        if (!has_size(d)) return std::nullopt;
-      if (!piece->has_strides(contiguous_strides(*piece).data())) return std::nullopt;
-      shape_[1] += piece->shape[1];
-    }
-    x.shape = shape_.data();
-    strides_ = contiguous_strides(x);
-    x.strides = strides_.data();
+  bool is_whole() const { return is_whole_; }
+
+  // While this is there. A concatenation has its shape, type and strides, and the data of its first piece only.
+  Tensor whole() {
+    Tensor x = pieces_.front();
+    if (!is_whole_) x.shape = shape_.data(), x.strides = strides_.data();
     return x;
   }
-  bool is_whole() const { return is_whole_; }
 
   template <class T>
   Pieces<const T> operands(const Problem& problem) const {
-    if (is_whole_) return operand<const T>(&*pieces_.front(), problem.x);
+    if (is_whole_) return operand<const T>(&pieces_.front(), problem.x);
     return side_by_side<const T>(pieces_, problem);
   }
 
   // New tensors for a result in x's pieces.
   std::vector<NewTensor> new_tensors(const Problem& problem) const {
     std::vector<NewTensor> result;
-    for (const std::optional<Tensor>& piece : pieces_)
-      result.push_back(new_like(*piece, is_whole_ ? problem.target : contiguous_strides(*piece)));
+    for (const Tensor& piece : pieces_)
+      result.push_back(new_like(piece, is_whole_ ? problem.target : contiguous_strides(piece)));
     return result;
   }
   template <class T>
   Pieces<T> operands(const std::vector<NewTensor>& tensors, const Problem& problem) const {
     if (is_whole_) return operand<T>(&tensors.front().view, problem.others);
-    std::vector<std::optional<Tensor>> views;
+    std::vector<Tensor> views;
     for (const NewTensor& tensor : tensors) views.push_back(tensor.view);
     return side_by_side<T>(views, problem);
   }
 
  private:
+  // Sets shape and strides of the whole.
+  bool concatenate() {
+    if (pieces_.empty()) return false;
+    Tensor x = pieces_.front();
+    if (x.ndim < 3 || x.ndim > kMaxAxes) return false;
+    std::copy(x.shape, x.shape + x.ndim, shape_.begin());
+    shape_[1] = 0;
+    for (const Tensor& piece : pieces_) {
+      const bool fits = piece.type == x.type && piece.ndim == x.ndim && piece.shape[0] == x.shape[0] &&
+                        std::equal(piece.shape + 2, piece.shape + x.ndim, x.shape + 2);
+      if (!fits || piece.numel() == 0 || !piece.has_strides(contiguous_strides(piece).data())) return false;
+      shape_[1] += piece.shape[1];
+    }
+    x.shape = shape_.data();
+    strides_ = contiguous_strides(x);
+    return x.numel() > x.size(0) * x.size(1);  // planes of one value would be rows, which are not in pieces
+  }
+
   template <class T>
-  static Pieces<T> side_by_side(const std::vector<std::optional<Tensor>>& tensors, const Problem& problem) {
+  static Pieces<T> side_by_side(const std::vector<Tensor>& tensors, const Problem& problem) {
     std::vector<Piece<T>> pieces;
     std::size_t first = 0;
-    for (const std::optional<Tensor>& tensor : tensors) {
+    for (const Tensor& tensor : tensors) {
       const auto inner = static_cast<std::ptrdiff_t>(problem.extents.inner);
-      const std::size_t channels = tensor->size(1);
+      const std::size_t channels = tensor.size(1);
       const Strides strides{static_cast<std::ptrdiff_t>(channels) * inner, inner};
-      pieces.push_back({first, channels, operand<T>(&*tensor, strides)});
+      pieces.push_back({first, channels, operand<T>(&tensor, strides)});
       first += channels;
     }
     return Pieces<T>(std::move(pieces));
   }
 
-  bool is_whole_;
-  std::vector<std::optional<Tensor>> pieces_;
+  bool is_whole_ = true;
+  std::vector<Tensor> pieces_;
   Axes shape_{}, strides_{};
 };
 
@@ -451,10 +461,10 @@ std::optional<std::tuple<py::object, py::object, py::object>> forward(py::handle
                                                                       py::handle residual_object, bool training,
                                                                       double momentum, double eps,
                                                                       ActivationArguments activation, bool keeps) {
-  Source source(x_object);
-  const std::optional<Tensor> x = source.whole();
-  if (!x) return std::nullopt;
-  const std::optional<Problem> found = problem_of(*x);
+  std::optional<Source> source = Source::read(x_object);
+  if (!source) return std::nullopt;
+  const Tensor x = source->whole();
+  const std::optional<Problem> found = problem_of(x);
   if (!found) return std::nullopt;
   const Problem& problem = *found;
   const Extents& extents = problem.extents;
@@ -467,22 +477,22 @@ std::optional<std::tuple<py::object, py::object, py::object>> forward(py::handle
   std::optional<Tensor> residual, counter;
   if (!read_optional(residual_object, residual, floating) || !read_optional(counter_object, counter, view))
     return std::nullopt;
-  if (residual && !fits(*x, *residual, problem)) return std::nullopt;
+  if (residual && !fits(x, *residual, problem)) return std::nullopt;
   if (counter && (counter->ndim != 0 || counter->dtype.code != dlpack::kInt || counter->dtype.bits != 64))
     return std::nullopt;
 
   const TorchThreads threads;
-  NewTensor y = new_like(*x, problem.target);
+  NewTensor y = new_like(x, problem.target);
   std::optional<NewTensor> mask;
   if (keeps && residual && has_mask(static_cast<Activation>(activation.first)))
     mask = new_vector(kByte, extents.outer * mask_strides(extents).second);
 
-  return with_dtype(x->type, [&](auto zero) {
+  return with_dtype(x.type, [&](auto zero) {
     using T = decltype(zero);
     const OwnNormalization<T> normalization(channels);
     const Normalization<T> n = normalization.view();
     const Fusion<T> f = fusion<T>(problem, activation, pointer(residual), mask ? &mask->view : nullptr);
-    const auto input = source.operands<T>(problem);
+    const auto input = source->operands<T>(problem);
     const auto output = operand<T>(&y.view, problem.others);
     if (training) {
       std::vector<double> batch_var(channels);
@@ -529,11 +539,12 @@ std::optional<std::tuple<py::object, py::object, py::object, py::object>> backwa
     py::handle dy_object, py::handle x_object, py::handle residual_object, py::handle mask_object,
     const SavedArray& saved, py::handle weight, py::handle bias, bool training, ActivationArguments activation,
     bool wants_dx, bool wants_dresidual) {
-  Source source(x_object);
-  const std::optional<Tensor> x = source.whole(), dy = floating(dy_object);
-  if (!x || !dy) return std::nullopt;
-  const std::optional<Problem> found = problem_of(*x);
-  if (!found || !fits(*x, *dy, *found)) return std::nullopt;
+  std::optional<Source> source = Source::read(x_object);
+  const std::optional<Tensor> dy = floating(dy_object);
+  if (!source || !dy) return std::nullopt;
+  const Tensor x = source->whole();
+  const std::optional<Problem> found = problem_of(x);
+  if (!found || !fits(x, *dy, *found)) return std::nullopt;
   const Problem& problem = *found;
   const Extents& extents = problem.extents;
   const std::size_t channels = extents.channels;
@@ -542,26 +553,26 @@ std::optional<std::tuple<py::object, py::object, py::object, py::object>> backwa
   std::optional<Tensor> residual, mask;
   if (!read_optional(residual_object, residual, floating) || !read_optional(mask_object, mask, view))
     return std::nullopt;
-  if (residual && !fits(*x, *residual, problem)) return std::nullopt;
+  if (residual && !fits(x, *residual, problem)) return std::nullopt;
   require(!wants_dresidual || residual || mask, "a residual's gradient without a residual or a mask");
 
   const TorchThreads threads;
   std::vector<NewTensor> dx;
   std::optional<NewTensor> dresidual;
-  if (wants_dx || wants_dresidual) dx = source.new_tensors(problem);  // the kernels write both
-  if (wants_dresidual) dresidual = new_like(*x, problem.target);
+  if (wants_dx || wants_dresidual) dx = source->new_tensors(problem);  // the kernels write both
+  if (wants_dresidual) dresidual = new_like(x, problem.target);
   const bool wants_sums = *w || *b;
   std::vector<double> sums(2 * channels);
-  return with_dtype(x->type, [&](auto zero) {
+  return with_dtype(x.type, [&](auto zero) {
     using T = decltype(zero);
     const OwnNormalization<T> normalization(saved, channels);
     const Normalization<T> n = normalization.view();
     const Fusion<T> f = fusion<T>(problem, activation, pointer(residual), pointer(mask));
     const auto gradient = operand<const T>(&*dy, problem.others);
-    const auto input = source.operands<T>(problem);
+    const auto input = source->operands<T>(problem);
     double *sum_dy = sums.data(), *sum_dy_xmu = sum_dy + channels;
     if (!dx.empty()) {
-      const GradientOperands<T> operands{gradient, input, source.operands<T>(dx, problem),
+      const GradientOperands<T> operands{gradient, input, source->operands<T>(dx, problem),
                                          operand<T>(dresidual ? &dresidual->view : nullptr, problem.others)};
       if (training || wants_sums)
         compute([&] { batch_norm_backward<T>(extents, operands, n, f, training, sum_dy, sum_dy_xmu); });
@@ -571,7 +582,7 @@ std::optional<std::tuple<py::object, py::object, py::object, py::object>> backwa
       compute([&] { batch_norm_backward_reduce<T>(extents, gradient, input, n, f, sum_dy, sum_dy_xmu); });
     }
     return std::optional(
-        std::make_tuple(wants_dx ? objects_of(dx, source.is_whole()) : py::none(),
+        std::make_tuple(wants_dx ? objects_of(dx, source->is_whole()) : py::none(),
                         *w ? parameter_gradient(sum_dy_xmu, n.invstd, channels, w->is_double) : py::none(),
                         *b ? parameter_gradient(sum_dy, nullptr, channels, b->is_double) : py::none(),
                         wants_dresidual ? std::move(dresidual->object) : py::none()));

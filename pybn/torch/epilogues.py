@@ -303,8 +303,9 @@ class _Reader:
         source = norm.args[0] if len(norm.args) == 1 and not norm.kwargs else None
         if not isinstance(source, Node) or source.op != "call_function" or source.target not in _CONCATENATIONS:
             return None
-        module, pieces = self.module(norm), self.pieces(source)
-        if not pieces or len(source.users) > 1 or chain.addition is not None or module is None or has_hooks(module):
+        pieces = self.pieces(source)
+        has_hook = has_hooks(self.modules[str(norm.target)])
+        if not pieces or len(source.users) > 1 or chain.addition is not None or has_hook:
             return None
         # A concatenation is a copy, which no change of a piece reaches, be it before the norm or before its gradient.
         is_changed = any(self.writes_to(node) is piece for node in self.graph.nodes for piece in pieces)
@@ -340,7 +341,13 @@ class _Reader:
         if concatenation is not None:
             self.graph.erase_node(concatenation)
         return Fusion(
-            str(norm.target), addition is not None, name, slope, overwrites, concatenation is not None, modules
+            norm=str(norm.target),
+            adds=addition is not None,
+            activation=name,
+            negative_slope=slope,
+            overwrites=overwrites,
+            concatenates=concatenation is not None,
+            modules=modules,
         )
 
 
