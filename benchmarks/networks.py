@@ -1,7 +1,7 @@
 """Whole networks in PyTorch, stock and with pybn: training steps, inference, memory.
 
     pip install -e ".[torch,bench]"
-    python benchmarks/networks.py                    # all of it: about forty minutes on two cores
+    python benchmarks/networks.py                    # all of it: about an hour on two cores
     python benchmarks/networks.py --quick            # few rounds, float32 alone
     python benchmarks/networks.py --help             # what else there is
 

@@ -364,7 +364,7 @@ struct Parts {
 };
 
 // Planes of at most this many values have one chain: those of the next planes fill the time it waits, and to join four
-// would take as long as a third of a 7x7 plane. Forward passes take 0.88 to 0.95 of their time with one.
+// would take as long as a third of a 7x7 plane.
 constexpr std::size_t kOneChainValues = 64;
 
 // Adds up every channel of a group in memory order: plane(parts, c) adds the next plane of a walk, channel c's.
