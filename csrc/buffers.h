@@ -2,7 +2,8 @@
 //
 // A fresh 100 MB array costs more in page faults (about 16 ms) than the kernel that fills it (about 10 ms), because
 // malloc gives blocks of that size back to the system as soon as they are freed. The pool keeps them instead, up to a
-// limit, and marks them as free to take (MADV_FREE), so that the system can have the pages when it needs them.
+// limit, and marks those that have not been wanted for some seconds as free to take (MADV_FREE), so that the system can
+// have the pages when it needs them.
 #pragma once
 
 #include <cstddef>

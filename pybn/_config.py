@@ -60,8 +60,8 @@ def empty_cache() -> None:
 
     Results of at least 1 MiB live in memory that is recycled when the arrays are gone: a fresh 100 MB array costs more
     in page faults than the kernel that fills it. At most ``PYBN_CACHE_BYTES`` (an environment variable read at import;
-    1 GiB by default, 0 for none) are kept, and the system may take their pages whenever it runs short. Arrays in use
-    are never touched.
+    1 GiB by default, 0 for none) are kept. Those that nobody has wanted for 5 seconds are offered to the system, which
+    takes their pages if it runs short; that is seen to whenever a result is dropped. Arrays in use are never touched.
     """
     _core.empty_cache()
 

@@ -335,6 +335,28 @@ print(resident() - before < 0.1 * size)
 
 
 @pytest.mark.skipif("not sys.platform.startswith('linux')", reason="reads /proc")
+def test_memory_that_nobody_wants_is_offered_to_the_system(tmp_path):
+    code = """
+import time
+
+def offered():
+    with open("/proc/self/smaps") as file:
+        return sum(int(line.split()[1]) * 1024 for line in file if line.startswith("LazyFree:"))
+
+expected = pybn.batch_norm(x, None, None, training=True).copy()
+pybn.batch_norm(x[:32], None, None, training=True)
+assert offered() == 0, "what was just dropped is soon wanted again"
+time.sleep(5.1)
+pybn.batch_norm(x[:32], None, None, training=True)
+assert size <= offered() < 1.1 * size, "the large one has waited for 5 seconds, the small one has not"
+y = pybn.batch_norm(x, None, None, training=True)
+assert pybn._core.cache_statistics()[2] == 2, "it is recycled all the same"
+print(np.array_equal(y, expected))
+"""
+    assert run_python(RESIDENT + code, tmp_path) == "True"
+
+
+@pytest.mark.skipif("not sys.platform.startswith('linux')", reason="reads /proc")
 def test_without_a_cache_memory_is_given_back_at_once(tmp_path):
     code = """
 for _ in range(3):
