@@ -19,9 +19,9 @@ constexpr std::size_t kSegment = 16384;
 // traffic. A small matrix has two segments, so that two threads can take its halves.
 constexpr std::size_t kSegmentRows = 256, kFewestSegmentRows = 64;
 
-// Neighbouring channels form one run of memory per image; beyond this length a longer run is no faster (14x14 planes:
-// 1.9 copies with 4 KiB, 1.5 with 16, 1.4 with 64).
-constexpr std::size_t kRunBytes = 65536;
+// Neighbouring channels form one run of memory per image. Longer runs are faster (14x14 planes: 1.9 copies with 4 KiB,
+// 1.5 with 16, 1.4 with 64), up to these lengths. Those of a wave are shorter, because it should fit a cache.
+constexpr std::size_t kRunBytes = 1 << 18, kSharedRunBytes = 1 << 16;
 
 // Runs of fewer neighbouring channels in the rows layout would use only part of the lines that are fetched together.
 constexpr std::size_t kRowRun = 64;
@@ -51,14 +51,28 @@ std::size_t round_up(std::size_t a, std::size_t b) {
 }
 
 std::size_t l2_bytes() {
-  static const std::size_t bytes = [] {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
-    const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (size > 0) return static_cast<std::size_t>(size);
+  const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (size > 0) return static_cast<std::size_t>(size);
 #endif
-    return std::size_t{1} << 20;
-  }();
-  return bytes;
+  return std::size_t{1} << 20;
+}
+
+// L3 where it serves a core nearly as fast as its L2: on AMD's processors, which have one for every few cores.
+std::size_t fast_l3_bytes() {
+#if defined(_SC_LEVEL3_CACHE_SIZE) && (defined(__x86_64__) || defined(__i386__))
+  const long size = __builtin_cpu_is("amd") ? sysconf(_SC_LEVEL3_CACHE_SIZE) : 0;
+  if (size > 0) return static_cast<std::size_t>(size);
+#endif
+  return 0;
+}
+
+// What a thread may reduce before it applies the result, and still find it in a cache. Four fifths of L2, not half:
+// backward on 56x56 planes (two slabs, 784 KiB of 1 MiB) took 1.8 copies this way and 2.1 with the slabs shared. A
+// quarter of a thread's share of a fast L3: that takes longer runs of memory, and 0.9 of the time.
+std::size_t slab_bytes(int threads) {
+  static const std::size_t l2 = l2_bytes() * 4 / 5, l3 = fast_l3_bytes() / 4;
+  return std::max(l2, l3 / static_cast<std::size_t>(threads));
 }
 
 std::size_t total_bytes(const Extents& e, std::size_t bytes_per_value) {
@@ -99,7 +113,7 @@ std::size_t shared_group(const Partition& partition, std::size_t bytes_per_value
   const std::size_t tasks = balanced_tasks(e, bytes_per_value, threads);
   const std::size_t balanced = std::max<std::size_t>(1, e.channels / ceil_div(tasks, partition.segments()));
   if (e.is_rows()) return std::min(e.channels, round_up(balanced, kRowRun));
-  return dividing(common_channels, std::min({balanced, ceil_div(kRunBytes, e.inner * bytes_per_value), kGroup}));
+  return dividing(common_channels, std::min({balanced, ceil_div(kSharedRunBytes, e.inner * bytes_per_value), kGroup}));
 }
 
 }  // namespace
@@ -117,10 +131,9 @@ Plan plan_reduction_and_application(const Extents& e, std::size_t bytes_per_valu
   const int threads = threads_for(e, bytes_per_value);
   const std::size_t tasks = balanced_tasks(e, bytes_per_value, threads);
 
-  // A task keeps its channels to itself if what it reads twice stays in its L2 and every thread gets several such
-  // groups. Four fifths of L2, not half: backward on 56x56 planes (two slabs, 784 KiB of 1 MiB) took 1.8 copies this
-  // way and 2.1 with the slabs shared.
-  const std::size_t fitting = l2_bytes() * 4 / 5 / (e.per_channel() * bytes_per_value);
+  // A task keeps its channels to itself if what it reads twice stays in a cache and every thread gets several such
+  // groups.
+  const std::size_t fitting = slab_bytes(threads) / (e.per_channel() * bytes_per_value);
   std::size_t group = std::min(fitting, e.channels / tasks);
   if (e.is_rows())
     group = group * bytes_per_value < kPrivateRunBytes ? 0 : group - group % kRowRun;
