@@ -289,6 +289,23 @@ PYBN_INLINE Bits16<16> to_bits(Vec<float, 16> v, Float16) {
 
 // ---- loads and stores
 
+// Stores the first `count` lanes, 0 < count < N, in pieces of 4, 2 and 1: a masked store of AVX2 takes AMD's processors
+// 10 cycles (inference on 512 channels of 7x7 planes takes 0.72 of its time).
+template <int N, class T>
+PYBN_INLINE void store_first(T* to, std::size_t count, Vec<T, N> v) {
+  if constexpr (N > 1) {
+    constexpr int kHalf = N / 2;
+    Vec<T, kHalf> halves[2];
+    __builtin_memcpy(halves, &v, sizeof v);
+    if (count & kHalf) {
+      __builtin_memcpy(to, &halves[0], sizeof halves[0]);
+      to += kHalf;
+      halves[0] = halves[1];
+    }
+    store_first<kHalf>(to, count, halves[0]);
+  }
+}
+
 // The first `count` lanes, 0 < count < N; the memory of the others is not touched.
 template <int N, class T>
 struct Partial {
@@ -299,11 +316,7 @@ struct Partial {
     __builtin_memcpy(&v, lanes, sizeof v);
     return v;
   }
-  static PYBN_INLINE void store(T* to, std::size_t count, Vec<T, N> v) {
-    T lanes[N];
-    __builtin_memcpy(lanes, &v, sizeof lanes);
-    for (std::size_t i = 0; i < count; ++i) to[i] = lanes[i];
-  }
+  static PYBN_INLINE void store(T* to, std::size_t count, Vec<T, N> v) { store_first<N>(to, count, v); }
 };
 
 #if defined(__AVX512F__)
@@ -378,27 +391,21 @@ struct Partial<8, float> {
   static PYBN_INLINE Vec<float, 8> load(const float* from, std::size_t count) {
     return (Vec<float, 8>)_mm256_maskload_ps(from, first_lanes_256(count));
   }
-  static PYBN_INLINE void store(float* to, std::size_t count, Vec<float, 8> v) {
-    _mm256_maskstore_ps(to, first_lanes_256(count), (__m256)v);
-  }
+  static PYBN_INLINE void store(float* to, std::size_t count, Vec<float, 8> v) { store_first<8>(to, count, v); }
 };
 template <>
 struct Partial<4, float> {
   static PYBN_INLINE Vec<float, 4> load(const float* from, std::size_t count) {
     return (Vec<float, 4>)_mm_maskload_ps(from, _mm_loadu_si128((const __m128i*)(kMask32 + 8 - count)));
   }
-  static PYBN_INLINE void store(float* to, std::size_t count, Vec<float, 4> v) {
-    _mm_maskstore_ps(to, _mm_loadu_si128((const __m128i*)(kMask32 + 8 - count)), (__m128)v);
-  }
+  static PYBN_INLINE void store(float* to, std::size_t count, Vec<float, 4> v) { store_first<4>(to, count, v); }
 };
 template <>
 struct Partial<4, double> {
   static PYBN_INLINE Vec<double, 4> load(const double* from, std::size_t count) {
     return (Vec<double, 4>)_mm256_maskload_pd(from, first_lanes_256(2 * count));
   }
-  static PYBN_INLINE void store(double* to, std::size_t count, Vec<double, 4> v) {
-    _mm256_maskstore_pd(to, first_lanes_256(2 * count), (__m256d)v);
-  }
+  static PYBN_INLINE void store(double* to, std::size_t count, Vec<double, 4> v) { store_first<4>(to, count, v); }
 };
 
 #endif
