@@ -17,8 +17,8 @@ namespace {
 constexpr int kUnroll = 4;
 
 // Rows that a reduction takes together: their channels share one load of the sums, and one store. Applications take
-// them one by one, in the order of memory: by fours, to share loads of the parameters, inference on channels-last
-// 14x14x256 images took 1.7 times as long.
+// them one by one, in the order of memory: by fours, to share loads of the parameters, channels-last inference on
+// 112x112 planes took 1.3 to 1.6 copies on an EPYC, 0.9 this way.
 constexpr int kRows = 4;
 
 // How far ahead of its use memory is fetched, also memory that is only written. The hardware's own prefetching leaves a

@@ -69,7 +69,7 @@ std::size_t fast_l3_bytes() {
 
 // What a thread may reduce before it applies the result, and still find it in a cache. Four fifths of L2, not half:
 // backward on 56x56 planes (two slabs, 784 KiB of 1 MiB) took 1.8 copies this way and 2.1 with the slabs shared. A
-// quarter of a thread's share of a fast L3: that takes longer runs of memory, and 0.9 of the time.
+// quarter of a thread's share of a fast L3: that takes longer runs of memory.
 std::size_t slab_bytes(int threads) {
   static const std::size_t l2 = l2_bytes() * 4 / 5, l3 = fast_l3_bytes() / 4;
   return std::max(l2, l3 / static_cast<std::size_t>(threads));
