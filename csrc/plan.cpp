@@ -58,10 +58,19 @@ std::size_t l2_bytes() {
   return std::size_t{1} << 20;
 }
 
+bool is_amd() {
+#if defined(__x86_64__) || defined(__i386__)
+  static const bool is = __builtin_cpu_is("amd");
+  return is;
+#else
+  return false;
+#endif
+}
+
 // L3 where it serves a core nearly as fast as its L2: on AMD's processors, which have one for every few cores.
 std::size_t fast_l3_bytes() {
-#if defined(_SC_LEVEL3_CACHE_SIZE) && (defined(__x86_64__) || defined(__i386__))
-  const long size = __builtin_cpu_is("amd") ? sysconf(_SC_LEVEL3_CACHE_SIZE) : 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  const long size = is_amd() ? sysconf(_SC_LEVEL3_CACHE_SIZE) : 0;
   if (size > 0) return static_cast<std::size_t>(size);
 #endif
   return 0;
@@ -123,7 +132,7 @@ Tile tile_of(const Partition& partition, std::size_t segment, std::size_t first_
   const std::size_t inner = segment % partition.inner_count() * partition.inner_step;
   return {outer, first_channel, inner,
           Block{std::min(partition.outer_step, partition.extents.outer - outer), channels,
-                std::min(partition.inner_step, partition.extents.inner - inner)}};
+                std::min(partition.inner_step, partition.extents.inner - inner), !is_amd()}};
 }
 
 Plan plan_reduction_and_application(const Extents& e, std::size_t bytes_per_value, std::size_t common_channels) {
