@@ -39,7 +39,7 @@ _METHODS_IN_PLACE = ("relu_", "add_")
 _FRESH_MODULES = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear
 )  # fmt: skip
-_CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 
 # Slopes that the inverse of the activation can divide by without losing what backward needs.
 _INVERTIBLE_SLOPE = 1e-3
@@ -208,7 +208,7 @@ class _Reader:
         if node.op == "call_module":
             module = self.module(node)
             return module is not None and type(module) in _FRESH_MODULES and not has_hooks(module)
-        return node.op == "call_function" and node.target in _CONCATENATIONS
+        return node.op == "call_function" and node.target in CONCATENATIONS
 
     # ---- what follows a norm
 
@@ -301,7 +301,7 @@ class _Reader:
         """The concatenation right before a norm, if the norm can read its pieces instead."""
         norm = chain.norm
         source = norm.args[0] if len(norm.args) == 1 and not norm.kwargs else None
-        if not isinstance(source, Node) or source.op != "call_function" or source.target not in _CONCATENATIONS:
+        if not isinstance(source, Node) or source.op != "call_function" or source.target not in CONCATENATIONS:
             return None
         pieces = self.pieces(source)
         has_hook = has_hooks(self.modules[str(norm.target)])

@@ -69,8 +69,9 @@ def fold(
     skip : collection of str
         Names of batch norms that are not to be folded, or of layers that are not to absorb one.
     accelerated : bool
-        Let pybn's layers compute the batch norms that stay, together with the sums and activations behind them, as
-        `pybn.torch.accelerate` does. Leave it out for a result of torch's own layers.
+        Let pybn's layers compute the batch norms that stay, together with the sums and activations behind them and the
+        concatenations before them, as `pybn.torch.accelerate` does with ``concatenations=True``. Leave it out for a
+        result of torch's own layers.
     reversible : bool
         Keep the original parameters and batch norms, so that `unfold` can restore them. They are in the attribute
         ``_pybn_before_fold`` of the result, which copies and pickles carry and state dicts do not.
@@ -189,7 +190,8 @@ class _Folder:
             return report
         fuse_activations([norm for norm in left if norm not in self._kept], self._trace, self._exchange)
         fused = {
-            row.name: ", ".join(dict.fromkeys(row.fused)) for row in accelerate(self.model, inplace=True)[1].replaced
+            row.name: ", ".join(dict.fromkeys(row.fused))
+            for row in accelerate(self.model, inplace=True, concatenations=True)[1].replaced
         }
         fused |= {
             self._names[norm]: getattr(norm, "activation", None) or fused.get(self._names[norm], "") for norm in left

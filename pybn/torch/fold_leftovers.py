@@ -2,7 +2,7 @@
 
 `pybn.torch.accelerate` gives forwards another body, at some cost per call. In evaluation mode, and where the activation
 is a module that nothing else calls, it is enough to exchange modules: the norm for one with an activation, the
-activation for an identity.
+activation for an identity. Norms of concatenations are left to `accelerate`, which saves making the concatenation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from torch import fx, nn
 
 from pybn.folding.reasons import FoldError
-from pybn.torch.epilogues import MODULES
+from pybn.torch.epilogues import CONCATENATIONS, MODULES
 from pybn.torch.fold_layers import require_plain
 from pybn.torch.fold_rules import data_users
 from pybn.torch.fold_trace import Trace, has_hooks
@@ -66,6 +66,8 @@ def _activations_behind(norm: nn.Module, trace: Trace) -> list[fx.Node] | None:
         return None
     behind = []
     for call in trace.calls[norm]:
+        if any(node.target in CONCATENATIONS and len(node.users) == 1 for node in call.all_input_nodes):
+            return None
         users = data_users(call)
         if len(users) != 1 or users[0].op != "call_module" or users[0].args != (call,) or users[0].kwargs:
             return None

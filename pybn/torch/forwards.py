@@ -331,6 +331,8 @@ def _kind_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[T
     """The tensors among the arguments, and what else about them a trace depends on; None if it depends on too much."""
     if not kwargs and all(map(_is_tensor, args)):
         return list(args), len(args)
+    if not kwargs and len(args) == 1 and type(args[0]) is list and all(map(_is_tensor, args[0])):
+        return args[0], (list, len(args[0]))  # as of DenseNet's layers
     leaves, spec = pytree.tree_flatten((args, kwargs))
     kinds = []
     for leaf in leaves:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch_zoo
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -1091,3 +1092,25 @@ def test_norms_that_stay_are_fused_with_the_activation_behind_them(forward, exch
         restored = unfold(result.model) if exchanged else again.model
         assert torch.equal(restored(x), model(x)) or not exchanged
     assert {type(m) for m in fold(model, accelerated=False).model.modules()} == {type(m) for m in model.modules()}
+
+
+def test_norms_that_stay_read_concatenations_that_are_not_made():
+    torch.manual_seed(0)
+    model = torch_zoo.DenseBlock(torch_zoo.DenseLayer(channels, 8, nn.ReLU) for channels in (4, 12)).eval()
+    for layer in model:
+        nn.init.uniform_(layer.norm1.running_mean, -0.5, 0.5)
+    x = torch.randn(2, 4, 9, 9)
+    result = fold(model)
+    assert {row.name: row.fused for row in result.report.left} == dict.fromkeys(
+        ("0.norm1", "1.norm1"), "concatenation + relu"
+    )
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
+        y = result.model(x)
+    assert sum(event.name == "aten::cat" for event in profile.events()) == 1  # of the block itself
+    with torch.no_grad():
+        torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-5)
+        for other in (copy.deepcopy(result.model), pickle.loads(pickle.dumps(result.model))):
+            assert torch.equal(other(x), y)
+        restored = unfold(result.model)
+        assert torch.equal(restored(x), model(x))
+    assert {type(m) for m in restored.modules()} == {type(m) for m in model.modules()}
