@@ -218,6 +218,7 @@ class Spans {
     const std::size_t head = are_large ? (block.inner - kAhead) / kStep : 0, tail = block.inner - head * kStep;
     steps_ = {head, tail / kStep, tail % kStep / N, tail % N};
     const std::size_t split = are_large ? block.channels - 1 : (length - end) / block.inner;
+    // Of 0 values ahead, what is fetched is what is read next.
     const auto in_run = static_cast<std::ptrdiff_t>(are_large && !block.fetches_runs ? 0 : kAhead);
     const auto to_next_run = static_cast<std::ptrdiff_t>(end) - static_cast<std::ptrdiff_t>(length);
     spans_[0] = {0, split, in_run, in_run, false};
