@@ -11,31 +11,28 @@
 namespace pybn {
 namespace {
 
-// Two sums per segment and channel. Their order is that of the segments, and so of the shape alone.
+// A value per segment and channel.
 //
-// Every segment's sums begin on lines of their own, and on pairs of lines, which the hardware fetches together: kernels
-// update them at every step, and threads that shared a line would wait for each other (NHWC statistics of 64 channels
-// took 1.0 copies instead of 0.5).
+// Every segment's values begin on lines of their own, and on pairs of lines, which the hardware fetches together:
+// kernels update sums at every step, and threads that shared a line would wait for each other (NHWC statistics of 64
+// channels took 1.0 copies instead of 0.5).
 class Partials {
  public:
   explicit Partials(const Partition& partition)
       : segments_(partition.segments()),
         lines_((partition.extents.channels + kLineDoubles - 1) / kLineDoubles),
-        first_(new Line[segments_ * lines_]),
-        second_(new Line[segments_ * lines_]) {}
+        values_(new Line[segments_ * lines_]) {}
 
-  double* first(std::size_t segment, std::size_t channel) { return sums(first_, segment) + channel; }
-  double* second(std::size_t segment, std::size_t channel) { return sums(second_, segment) + channel; }
+  double* at(std::size_t segment, std::size_t channel) {
+    return reinterpret_cast<double*>(values_.get() + segment * lines_) + channel;
+  }
 
-  // Adds those of all segments to those of the first, in the order of memory.
+  // Adds those of all segments to those of the first. The order is that of the segments, and so of the shape alone.
   void merge(std::size_t first_channel, std::size_t channels) {
-    double *first_total = first(0, first_channel), *second_total = second(0, first_channel);
+    double* total = at(0, first_channel);
     for (std::size_t segment = 1; segment < segments_; ++segment) {
-      const double *from_first = first(segment, first_channel), *from_second = second(segment, first_channel);
-      for (std::size_t c = 0; c < channels; ++c) {
-        first_total[c] += from_first[c];
-        second_total[c] += from_second[c];
-      }
+      const double* part = at(segment, first_channel);
+      for (std::size_t c = 0; c < channels; ++c) total[c] += part[c];
     }
   }
 
@@ -45,12 +42,8 @@ class Partials {
     double values[kLineDoubles];
   };
 
-  double* sums(const std::unique_ptr<Line[]>& lines, std::size_t segment) {
-    return reinterpret_cast<double*>(lines.get() + segment * lines_);
-  }
-
   std::size_t segments_, lines_;
-  std::unique_ptr<Line[]> first_, second_;
+  std::unique_ptr<Line[]> values_;
 };
 
 // Tasks of a wave are numbered by segment, then by group of channels: neighbours in memory are neighbours in number.
@@ -135,41 +128,48 @@ const Kernels<T>& kernels_for(const Extents& extents) {
 
 // The reduction of a statistics pass and its merge, as steps for run().
 //
-// All of a channel's values are shifted by its first one. The shift cancels what a large mean would cost; that it is a
-// member of the data bounds what is left of the cancellation in `squares - sum^2 / n`, because one member lies within
-// sqrt(n) standard deviations of the mean: the relative error of the variance is at most about n * 2^-53. That it is
-// one shift for all segments makes merging an addition, so sums that are exact stay exact.
+// That a channel has one shift for all segments makes merging an addition, so sums that are exact stay exact.
 template <class T>
 class StatsReduction {
  public:
   StatsReduction(const Plan& plan, const Pieces<const T>& x)
-      : kernels_(kernels_for<T>(plan.partition.extents)),
+      : extents_(plan.partition.extents),
+        kernels_(kernels_for<T>(extents_)),
         x_(x),
-        count_(static_cast<double>(plan.partition.extents.per_channel())),
-        partials_(plan.partition) {}
+        shifts_(plan.partition),
+        sums_(plan.partition),
+        squares_(plan.partition) {}
 
   void reduce(const Tile& tile, std::size_t segment) {
-    kernels_.stats(tile.block, tile.of(x_), x_.first_value(tile.channel), partials_.first(segment, tile.channel),
-                   partials_.second(segment, tile.channel));
+    double* shifts = shifts_.at(segment, tile.channel);
+    const bool are_used = kernels<T>().channels.shifts(tile.block.channels, sample(tile.channel), shifts);
+    kernels_.stats(tile.block, tile.of(x_), are_used ? shifts : nullptr, sums_.at(segment, tile.channel),
+                   squares_.at(segment, tile.channel));
   }
 
   // `remainder`, if given, gets what rounding takes from the mean.
-  void merge(std::size_t first_channel, std::size_t channels, double* mean, double* var, double* remainder = nullptr) {
-    partials_.merge(first_channel, channels);
-    double shifts[kGroup];
-    for (std::size_t c = first_channel, end = c + channels; c < end; c += kGroup) {
-      const std::size_t count = std::min(kGroup, end - c);
-      for (std::size_t i = 0; i < count; ++i) shifts[i] = to_double(*x_.first_value(c + i));
-      kernels<T>().channels.statistics(count, count_, shifts, partials_.first(0, c), partials_.second(0, c), mean + c,
-                                       var + c, remainder ? remainder + c : nullptr);
-    }
+  void merge(std::size_t first, std::size_t channels, double* mean, double* var, double* remainder = nullptr) {
+    sums_.merge(first, channels);
+    squares_.merge(first, channels);
+    kernels<T>().channels.statistics(channels, static_cast<double>(extents_.per_channel()), shifts_.at(0, first),
+                                     sums_.at(0, first), squares_.at(0, first), mean + first, var + first,
+                                     remainder ? remainder + first : nullptr);
   }
 
  private:
+  // Values of a channel, and of its neighbours: far apart, because those side by side are often alike.
+  Operand<const T> sample(std::size_t channel) const {
+    const auto [operand, first] = x_.at_channel(channel);
+    const auto stride = extents_.is_rows()
+                            ? static_cast<std::ptrdiff_t>(extents_.outer / kSampled) * operand.outer_stride
+                            : static_cast<std::ptrdiff_t>(extents_.inner / kSampled);
+    return {operand.at(0, channel - first, 0), stride, operand.channel_stride};
+  }
+
+  const Extents& extents_;
   const Kernels<T>& kernels_;
   const Pieces<const T>& x_;
-  double count_;
-  Partials partials_;
+  Partials shifts_, sums_, squares_;
 };
 
 // The reduction of a backward pass and its merge.
@@ -183,18 +183,20 @@ class GradientReduction {
         x_(x),
         normalization_(normalization),
         fusion_(fusion),
-        partials_(plan.partition) {}
+        sums_dy_(plan.partition),
+        sums_dy_xmu_(plan.partition) {}
 
   void reduce(const Tile& tile, std::size_t segment) {
     kernels_.backward_reduce(tile.block, tile.of(dy_), tile.of(x_), normalization_.mean + tile.channel,
                              normalization_.affine().from(tile.channel), tile.of(fusion_),
-                             partials_.first(segment, tile.channel), partials_.second(segment, tile.channel));
+                             sums_dy_.at(segment, tile.channel), sums_dy_xmu_.at(segment, tile.channel));
   }
 
   void merge(std::size_t first_channel, std::size_t channels, double* sum_dy, double* sum_dy_xmu) {
-    partials_.merge(first_channel, channels);
-    std::copy_n(partials_.first(0, first_channel), channels, sum_dy + first_channel);
-    std::copy_n(partials_.second(0, first_channel), channels, sum_dy_xmu + first_channel);
+    sums_dy_.merge(first_channel, channels);
+    sums_dy_xmu_.merge(first_channel, channels);
+    std::copy_n(sums_dy_.at(0, first_channel), channels, sum_dy + first_channel);
+    std::copy_n(sums_dy_xmu_.at(0, first_channel), channels, sum_dy_xmu + first_channel);
   }
 
  private:
@@ -203,7 +205,7 @@ class GradientReduction {
   const Pieces<const T>& x_;
   const Normalization<T>& normalization_;
   const Fusion<T>& fusion_;
-  Partials partials_;
+  Partials sums_dy_, sums_dy_xmu_;
 };
 
 // What dx depends on besides dz, x and the normalization.

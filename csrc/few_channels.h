@@ -100,14 +100,15 @@ class FewChannels {
 
 // The kernels of Rows, with rows of few channels taken together.
 struct RowsOfAnyLength {
-  template <class T>
-  static void stats(Block block, Operand<const T> x, const T* shift, double* sum, double* squares) noexcept {
+  template <bool kShifted, class T>
+  static void stats(Block block, Operand<const T> x, const double* shift, double* sum, double* squares) noexcept {
     const FewChannels few(block);
-    if (!few.apply_to(x)) return Rows::stats(block, x, shift, sum, squares);
-    const FewChannels::Repeated<T> shifts(few, shift);
+    if (!few.apply_to(x)) return Rows::stats<kShifted>(block, x, shift, sum, squares);
+    const double* none = sum;  // what absent shifts are filled with, unread
+    const FewChannels::Repeated<double> shifts(few, kShifted ? shift : none);
     FewChannels::Sums sums;
-    Rows::stats(few.together(), few.together(x), shifts.values, sums.first, sums.second);
-    Rows::stats(few.rest(), few.rest(x), shift, sum, squares);
+    Rows::stats<kShifted>(few.together(), few.together(x), shifts.values, sums.first, sums.second);
+    Rows::stats<kShifted>(few.rest(), few.rest(x), shift, sum, squares);
     sums.add_to(few, sum, squares);
   }
 

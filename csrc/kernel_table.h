@@ -93,8 +93,8 @@ template <class T>
 struct Kernels {
   using A = Arithmetic<T>;
 
-  // Sums of x - shift and of (x - shift)^2 of each channel; channel c's shift is shift[c * x.channel_stride].
-  void (*stats)(Block, Operand<const T> x, const T* shift, double* sum, double* squares) noexcept;
+  // Sums of x - shift and of (x - shift)^2 of each channel; no shifts are shifts of 0.
+  void (*stats)(Block, Operand<const T> x, const double* shift, double* sum, double* squares) noexcept;
   // y = activation(affine(x) + residual)
   void (*elemt)(Block, Operand<const T> x, Operand<T> y, Affine<A>, const Fusion<T>&) noexcept;
   // Sums of dz and of (x - mean) * dz of each channel, dz being dy passed back through the activation.
@@ -117,11 +117,17 @@ struct Normalization {
   Normalization from(std::size_t c) const { return {mean + c, invstd + c, center + c, scale + c, shift + c}; }
 };
 
+// Values of a channel that its shift is chosen by.
+constexpr std::size_t kSampled = 4;
+
 // What is computed once per channel, all of them arrays.
 template <class T>
 struct ChannelKernels {
   using A = Arithmetic<T>;
 
+  // What is to be taken from each channel's values before they are summed, chosen by kSampled of them, one per outer
+  // index. Returns whether it is other than 0 for any.
+  bool (*shifts)(std::size_t channels, Operand<const T> sample, double* shift) noexcept;
   // Mean and biased variance from the sums of x - shift and of (x - shift)^2 over `count` values. The remainder, if it
   // is there, gets what rounding takes from the mean.
   void (*statistics)(std::size_t channels, double count, const double* shift, const double* sum, const double* squares,

@@ -34,8 +34,11 @@ template <class Layout, class T>
 struct Entry {
   using A = Arithmetic<T>;
 
-  static void stats(Block block, Operand<const T> x, const T* shift, double* sum, double* squares) noexcept {
-    Layout::stats(block, x, shift, sum, squares);
+  static void stats(Block block, Operand<const T> x, const double* shift, double* sum, double* squares) noexcept {
+    if (shift)
+      Layout::template stats<true>(block, x, shift, sum, squares);
+    else if constexpr (kMayBeUnshifted<T>)
+      Layout::template stats<false>(block, x, shift, sum, squares);
   }
 
   static void elemt(Block block, Operand<const T> x, Operand<T> y, Affine<A> affine, const Fusion<T>& fusion) noexcept {
@@ -79,6 +82,7 @@ extern const KernelTable<PYBN_TYPE> PYBN_JOIN(PYBN_TYPE, PYBN_JOIN(_kernels_, PY
 const KernelTable<PYBN_TYPE> PYBN_JOIN(PYBN_TYPE, PYBN_JOIN(_kernels_, PYBN_ISA)) = {
     Entry<Planes, PYBN_TYPE>::kernels(),
     Entry<RowsOfAnyLength, PYBN_TYPE>::kernels(),
-    {statistics_of_channels, normalize_channels<PYBN_TYPE>, gradient_of_channels<PYBN_TYPE>}};
+    {shifts_of_channels<PYBN_TYPE>, statistics_of_channels, normalize_channels<PYBN_TYPE>,
+     gradient_of_channels<PYBN_TYPE>}};
 
 }  // namespace pybn

@@ -31,10 +31,6 @@ class Pieces {
     const Piece<T>& piece = *(after - 1);
     return {piece.operand, piece.first_channel};
   }
-  T* first_value(std::size_t channel) const {
-    const auto [operand, first] = at_channel(channel);
-    return operand.at(0, channel - first, 0);
-  }
 
   // A divisor of every piece's number of channels: groups of so many lie in one piece each. 0 if there is but one.
   std::size_t common_channels() const {

@@ -39,8 +39,9 @@ constexpr std::size_t kSerialBytes = 1 << 18;
 constexpr std::size_t kApplicationBytes = 1 << 20;
 
 // Tasks per thread that even out threads of unequal speed; fewer if they would be smaller than kTaskBytes, because
-// narrow pieces of a small matrix cost more than an uneven end.
-constexpr std::size_t kTasksPerThread = 4;
+// narrow pieces of a small matrix cost more than an uneven end. Fewer, too, where a fast L3 lets a task be large: its
+// runs of memory are longer then (28x28 and 14x14 planes take 0.91 to 0.98 of the time on an EPYC).
+constexpr std::size_t kTasksPerThread = 4, kTasksPerThreadOfFastL3 = 2;
 constexpr std::size_t kTaskBytes = 1 << 18;
 
 std::size_t ceil_div(std::size_t a, std::size_t b) {
@@ -70,7 +71,7 @@ bool is_amd() {
 // L3 where it serves a core nearly as fast as its L2: on AMD's processors, which have one for every few cores.
 std::size_t fast_l3_bytes() {
 #if defined(_SC_LEVEL3_CACHE_SIZE)
-  const long size = is_amd() ? sysconf(_SC_LEVEL3_CACHE_SIZE) : 0;
+  static const long size = is_amd() ? sysconf(_SC_LEVEL3_CACHE_SIZE) : 0;
   if (size > 0) return static_cast<std::size_t>(size);
 #endif
   return 0;
@@ -95,7 +96,8 @@ int threads_for(const Extents& e, std::size_t bytes_per_value) {
 std::size_t balanced_tasks(const Extents& e, std::size_t bytes_per_value, int threads) {
   if (threads == 1) return 1;
   const auto least = static_cast<std::size_t>(threads);
-  return std::clamp(total_bytes(e, bytes_per_value) / kTaskBytes, least, kTasksPerThread * least);
+  const std::size_t most = fast_l3_bytes() > 0 ? kTasksPerThreadOfFastL3 : kTasksPerThread;
+  return std::clamp(total_bytes(e, bytes_per_value) / kTaskBytes, least, most * least);
 }
 
 Partition reduction_partition(const Extents& e) {

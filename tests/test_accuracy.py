@@ -94,6 +94,7 @@ def test_statistics_whose_sums_are_exact_in_any_order_equal_the_exact_ones(instr
     half = ((0, np.float16), (1000, np.float16), (0, BFLOAT16), (-128, BFLOAT16))  # the numbers are exact
     for offset, dtype in (*wide, *half):
         x = (rng.integers(-100, 100, shape) + offset).astype(dtype)
+        np.moveaxis(x, channel_axis, 0)[::3] -= dtype(offset)  # large means beside small ones
         mean, var, _ = pybn.batch_norm_stats(x, channel_axis=channel_axis)
         exact_mean, exact_var = exact_moments(x, channel_axis)
         assert_same_bits(mean, exact_mean, (offset, dtype))
@@ -122,6 +123,20 @@ def test_statistics_survive_a_first_value_that_is_an_outlier(instruction_set, rn
     expected_mean, expected_var = reference.stats(x)
     np.testing.assert_allclose(mean, expected_mean, rtol=1e-11)
     np.testing.assert_allclose(var, expected_var, rtol=1e-11)
+
+
+@all_layouts
+def test_statistics_survive_a_sample_that_hides_the_mean(instruction_set, rng, shape, channel_axis):
+    """What is near zero at the places that decide whether a channel's sums are shifted."""
+    x = (rng.standard_normal(shape) * 0.01 + 1000).astype(np.float32)
+    channels = shape[channel_axis]
+    rows = x.reshape(-1, channels) if channel_axis == -1 or x.ndim == 2 else x[0].reshape(channels, -1).T
+    rows[:: len(rows) // 4][:4] = [[0], [1], [-1], [0]]
+    assert np.count_nonzero(x < 2) == 4 * channels
+    mean, var, _ = pybn.batch_norm_stats(x, channel_axis=channel_axis)
+    expected_mean, expected_var = reference.stats(x, channel_axis)
+    np.testing.assert_allclose(mean, expected_mean, rtol=1e-12)
+    np.testing.assert_allclose(var, expected_var, rtol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
