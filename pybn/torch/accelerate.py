@@ -74,7 +74,7 @@ class Report:
             lines.append(f"{len(self.left)} left:")
             lines += [f"  {left.name:{width}}  {left.reason}" for left in self.left]
         if self.reuses_memory:
-            lines.append("this process keeps the memory that it frees; pybn.torch.reuse_memory(False) ends that")
+            lines.append(memory.KEPT)
         return "\n".join(lines)
 
 

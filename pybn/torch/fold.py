@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from pybn.folding.affine import Affine
 from pybn.folding.reasons import FoldError, Reason
+from pybn.torch import memory
 from pybn.torch.accelerate import accelerate, restore
 from pybn.torch.fold_layers import Direction, Weights, absorb, affine_of, read, require_plain, write
 from pybn.torch.fold_leftovers import fuse_activations
@@ -47,6 +48,7 @@ def fold(
     skip: Collection[str] = (),
     accelerated: bool = True,
     reversible: bool = True,
+    reuse_memory: bool = False,
 ) -> FoldResult:
     """Remove the batch norms of a network in evaluation mode, exactly.
 
@@ -75,6 +77,9 @@ def fold(
     reversible : bool
         Keep the original parameters and batch norms, so that `unfold` can restore them. They are in the attribute
         ``_pybn_before_fold`` of the result, which copies and pickles carry and state dicts do not.
+    reuse_memory : bool
+        Whether the process keeps the memory that it frees, which networks of large tensors gain most from: see
+        `pybn.torch.reuse_memory`. It concerns the whole process and `unfold` does not end it, so it is not the default.
 
     Returns
     -------
@@ -84,6 +89,8 @@ def fold(
 
     Raises
     ------
+    RuntimeError
+        If memory cannot be kept, because the C library is not glibc.
     TypeError
         If an argument is of the wrong type, or the model has been scripted.
     ValueError
@@ -104,6 +111,8 @@ def fold(
     for name in skip:
         if name not in names:
             raise ValueError(f"skip names {name!r}, but the model has no such module")
+    if reuse_memory:
+        memory.reuse_memory()
     folder = _Folder(result, example_inputs, {result.get_submodule(name) for name in skip})
     report = folder.run()
     earlier = vars(result).pop(RECORD, None)
@@ -111,7 +120,7 @@ def fold(
         report = folder.accelerate(report)
     if reversible and (report.folds or folder.before()["modules"] or earlier is not None):
         vars(result)[RECORD] = _joined(earlier, folder.before())
-    return FoldResult(result, report)
+    return FoldResult(result, replace(report, reuses_memory=reuse_memory))
 
 
 def unfold(model: nn.Module) -> nn.Module:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from pybn.folding.reasons import UNLOCK, Reason
+from pybn.torch import memory
 
 # Where a network is told otherwise than a graph in a file.
 UNLOCK_MODULE = {
@@ -98,9 +99,12 @@ class FoldReport:
     ----------
     rows : tuple of Folded or Left
         One for each, in the order of ``model.named_modules()``.
+    reuses_memory : bool
+        Whether the process has been set to reuse memory.
     """
 
     rows: tuple[Row, ...]
+    reuses_memory: bool = False
 
     @property
     def folds(self) -> tuple[Folded, ...]:
@@ -123,13 +127,14 @@ class FoldReport:
         return dict(Counter(row.reason for row in self.left).most_common())
 
     def __str__(self) -> str:
-        """Return a line for every batch norm, and their numbers."""
+        """Return a line for every batch norm, their numbers, and what was done to the process."""
         lines = [(row.name or "(the model)", _outcome(row)) for row in self.rows]
         width = max((len(name) for name, _ in lines), default=0)
         counts = f"{len(self.folds)} of {len(self.rows)} batch norms folded, {len(self.left)} left"
         if self.fused:
             counts += f", {len(self.fused)} of them fused with what follows"
-        return "\n".join([*(f"{name:<{width}}  {outcome}" for name, outcome in lines), counts])
+        kept = [memory.KEPT] if self.reuses_memory else []
+        return "\n".join([*(f"{name:<{width}}  {outcome}" for name, outcome in lines), counts, *kept])
 
 
 def _outcome(row: Row) -> str:

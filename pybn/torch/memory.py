@@ -13,6 +13,10 @@ import os
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _NEVER_TRIM = -1
+
+# What a report says of a call that has been told to do this.
+KEPT = "this process keeps the memory that it frees; pybn.torch.reuse_memory(False) ends that"
+
 # glibc's defaults; it adapts the threshold of trimming up to twice its largest for blocks of their own, 32 MB.
 _DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 64 << 20, 65536
 

@@ -5,6 +5,7 @@ import inspect
 import io
 import operator
 import pickle
+from functools import partial
 
 import onnx
 import pytest
@@ -16,8 +17,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import pybn.torch
-from pybn.torch import accelerate, restore
+from pybn.torch import accelerate, fold, restore
 from pybn.torch.accelerate import Report
+from pybn.torch.fold_report import FoldReport
 from pybn.torch.forwards import FusedForward
 
 
@@ -115,8 +117,11 @@ COUNTS = {
 
 
 def test_the_report_tells_what_was_done_to_the_process():
-    assert "keeps the memory" in str(Report(reuses_memory=True))
+    for make in (Report, partial(FoldReport, ())):
+        assert "keeps the memory" in str(make(reuses_memory=True))
+        assert "keeps the memory" not in str(make())
     assert not accelerate(nn.ReLU()).report.reuses_memory
+    assert not fold(nn.ReLU()).report.reuses_memory
 
 
 @pytest.mark.parametrize("name", torch_zoo.SMALL)

@@ -211,7 +211,7 @@ def test_numpy_and_torch_results_have_the_same_bits():
 KEPT_AND_GIVEN_BACK = """
 from pathlib import Path
 import torch
-from pybn.torch import accelerate, reuse_memory
+from pybn.torch import accelerate, fold, reuse_memory
 
 def resident():  # MB
     return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) / 1024
@@ -224,6 +224,7 @@ after_a_result_of(400)  # starts the threads
 empty = resident()
 assert after_a_result_of(40) < empty + 20
 accelerate(torch.nn.ReLU())
+fold(torch.nn.ReLU())
 assert after_a_result_of(40) < empty + 20
 {how}
 # 800 MB if none were used again; glibc's cache of small blocks can hold up to seven apart from what aligns them.
@@ -235,7 +236,10 @@ assert after_a_result_of(400) < empty + 20  # that fits into none of the holes t
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-@pytest.mark.parametrize("how", ["reuse_memory()", "accelerate(torch.nn.ReLU(), reuse_memory=True)"])
+@pytest.mark.parametrize(
+    "how",
+    ["reuse_memory()", "accelerate(torch.nn.ReLU(), reuse_memory=True)", "fold(torch.nn.ReLU(), reuse_memory=True)"],
+)
 def test_a_process_keeps_what_it_frees_if_told_to_and_gives_it_back(tmp_path, how):
     run_python(KEPT_AND_GIVEN_BACK.format(how=how), tmp_path)
 
@@ -250,4 +254,6 @@ def test_a_platform_that_cannot_keep_memory_says_so(monkeypatch, missing):
     model = torch.nn.BatchNorm2d(3)
     with pytest.raises(RuntimeError, match="has no mallopt, expected glibc"):
         pybn.torch.accelerate(model, inplace=True, reuse_memory=True)
+    with pytest.raises(RuntimeError, match="has no mallopt, expected glibc"):
+        pybn.torch.fold(model.eval(), reuse_memory=True)
     assert type(model) is torch.nn.BatchNorm2d
