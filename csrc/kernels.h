@@ -1,8 +1,7 @@
 // The leaf loops: written once over simd.h, compiled once per instruction set by kernels_isa.cpp.
 //
-// Reductions run in double whatever the data type, but for the statistics of half types (FloatSums). Converting costs
-// about 4 cycles per 64-byte line of floats, where a core's share of the memory needs 13 or more to deliver one, and
-// buys exactness: no overflow at 1e30, no cancellation.
+// Reductions run in double whatever the data type. Converting costs about 4 cycles per 64-byte line of floats, where a
+// core's share of the memory needs 13 or more to deliver one, and buys exactness: no overflow at 1e30, no cancellation.
 #pragma once
 
 #include "simd.h"
@@ -31,16 +30,6 @@ constexpr std::size_t kLineBytes = 64;
 PYBN_INLINE std::size_t min(std::size_t a, std::size_t b) {
   return a < b ? a : b;
 }
-
-// The value of a constant as a type, so that a generic lambda can use it as one.
-template <int N>
-struct Count {
-  static constexpr int value = N;
-};
-
-// The same, of one of the vectors of an unrolled step.
-template <int N>
-struct Unrolled : Count<N> {};
 
 // ---- the arithmetic of one vector
 
@@ -174,7 +163,7 @@ struct SumPair {
   PYBN_INLINE void add_value(Doubles x) {
     first += x;
 #if defined(__AVX512F__)
-    // In this order a bare loop takes 58 GB/s out of an EPYC's L1, in the other one 44.
+    // In this order an EPYC's core takes 58 GB/s out of L1, in the other one 44.
     asm("" : "+v"(x) : "v"(first));
 #endif
     second = fma(x, x, second);
@@ -188,57 +177,6 @@ struct SumPair {
     second += other.second;
   }
 };
-
-// Statistics of half types that need no shift are summed in float, over at most kFloatVectors vectors, and those sums
-// in double: half of the instructions. Squares of their 8 or 11 bits are exact in float; so are the sums if the values
-// are multiples of a unit, and less than 1024 of it.
-constexpr int kFloatVectors = 16;
-
-template <class T>
-class FloatSums {
- public:
-  PYBN_INLINE void add(Vec<float, kLanes<T>> x) {
-    first_ += x;
-    second_ = fma(x, x, second_);
-    ++count_;
-  }
-  PYBN_INLINE bool are_full() const { return count_ == kFloatVectors; }
-
-  // Adds what there is to chains of additions in double, and begins again.
-  template <class Parts>
-  PYBN_INLINE void move_to(Parts& parts) {
-    constexpr int kPieces = kLanes<T> / kDoubles;
-    Vec<float, kDoubles> first[kPieces], second[kPieces];
-    __builtin_memcpy(first, &first_, sizeof first_);
-    __builtin_memcpy(second, &second_, sizeof second_);
-    parts[Count<0>{}] += SumPair{widen(first[0]), widen(second[0])};
-    if constexpr (kPieces == 2) parts[Count<1>{}] += SumPair{widen(first[1]), widen(second[1])};
-    *this = {};
-  }
-
- private:
-  Vec<float, kLanes<T>> first_{}, second_{};
-  int count_ = 0;
-};
-
-// Squares of float16 are all within the range of float. Of bfloat16 they can be infinite there, or vanish, which
-// matters if their sum is small.
-template <class T>
-PYBN_INLINE bool is_in_range(double squares) {
-  return squares >= 0x1p-80 && squares <= __DBL_MAX__;
-}
-template <>
-PYBN_INLINE bool is_in_range<Float16>(double) {
-  return true;
-}
-
-// Whether sums that were taken in float are good to 2^-18 of a variance (measured: 2^-20): if their range is enough,
-// and the mean is within two standard deviations of zero. Where all segments of a channel have that, so has the
-// channel.
-template <class T>
-PYBN_INLINE bool fit_float(double count, double sum, double squares) {
-  return is_in_range<T>(squares) && 5 * sum * sum <= 4 * squares * count;
-}
 
 // Whether a backward reduction takes the mean from every value, or once from the sum of x * dz, which is one operation
 // less for every value. The sum loses 2^-53 of |mean * dz|, where the mean of floats that are not all alike is at most
@@ -256,14 +194,15 @@ PYBN_INLINE void center_sums(std::size_t channels, const double* mean, const dou
 // Planes can be as short as 49 values, seven vectors, so what is done per plane is kept to a few instructions: what can
 // be is worked out per block, per group of channels or per span of planes.
 
+// The value of a constant as a type, so that a generic lambda can use it as one.
 template <int N>
-constexpr bool is_last_of_step(Unrolled<N>) {
-  return N + 1 == kUnroll;
-}
+struct Count {
+  static constexpr int value = N;
+};
+
+// The same, of one of the vectors of an unrolled step.
 template <int N>
-constexpr bool is_last_of_step(Count<N>) {
-  return false;
-}
+struct Unrolled : Count<N> {};
 
 // How a plane is taken: in steps of kUnroll vectors, then in vectors, then in what is left. All planes of a block are
 // taken alike, so that their sums run in the same order.
@@ -525,55 +464,31 @@ struct GroupMaps {
 };
 
 struct Planes {
-  template <bool kShifted, class T, bool kInFloat = sizeof(T) == 2>
+  template <bool kShifted, class T>
   static void stats(Block whole, Operand<const T> all_x, const double* shift, double* sum, double* squares) noexcept {
+    constexpr int N = kDoubles;
     for_each_group(whole, [&](std::size_t first, const Block& block) {
       const Operand<const T> x = from_channel(all_x, first);
-      const auto shift_of = [&](std::size_t c) PYBN_INLINE_LAMBDA { return kShifted ? shift[first + c] : 0.0; };
       GroupSums sums(block);
-      const Spans<T, kDoubles> spans(block);
-      const Steps float_steps = Spans<T, kLanes<T>>(block).steps();
+      const Spans<T, N> spans(block);
       for (std::size_t o = 0; o < block.outer; ++o)
         for (const Span& span : spans) {
           Reading<T> xs(x, block, o, span);
           for (std::size_t c = span.channel; c < span.end_channel; ++c, xs.next_plane())
             sums.add(c, [&](auto& parts) PYBN_INLINE_LAMBDA {
-              const double channel_shift = shift_of(c);
-              if constexpr (kInFloat)
-                if (channel_shift == 0) return add_in_float(float_steps, xs, parts);
-              add_in_double<kShifted>(spans.steps(), xs, broadcast<kDoubles>(channel_shift), parts);
+              Doubles channel_shift{};
+              if (kShifted) channel_shift = broadcast<N>(shift[first + c]);
+              for_each_vector<T, N>(
+                  spans.steps(), [&](std::size_t i, auto part) PYBN_INLINE_LAMBDA { xs.fetch(i, part); },
+                  [&](auto lanes, std::size_t i, auto u) PYBN_INLINE_LAMBDA {
+                    Doubles value = load_wide(lanes, xs.at(i, u));
+                    if (kShifted) value = lanes.or_else(value, channel_shift) - channel_shift;
+                    parts[u].add_value(value);
+                  });
             });
         }
       sums.store(block.channels, sum + first, squares + first);
-      if constexpr (kInFloat)
-        for (std::size_t c = 0, at = first; c < block.channels; ++c, ++at)
-          if (shift_of(c) == 0 && !fit_float<T>(static_cast<double>(block.outer * block.inner), sum[at], squares[at]))
-            stats<false, T, false>(Block{block.outer, 1, block.inner, block.fetches_runs}, from_channel(x, c), nullptr,
-                                   sum + at, squares + at);
     });
-  }
-
-  // One plane's values, and their squares.
-  template <bool kShifted, class T, class Parts>
-  static PYBN_INLINE void add_in_double(const Steps& steps, Reading<T>& xs, Doubles shift, Parts& parts) {
-    for_each_vector<T, kDoubles>(
-        steps, [&](std::size_t i, auto part) PYBN_INLINE_LAMBDA { xs.fetch(i, part); },
-        [&](auto lanes, std::size_t i, auto u) PYBN_INLINE_LAMBDA {
-          Doubles value = load_wide(lanes, xs.at(i, u));
-          if (kShifted) value = lanes.or_else(value, shift) - shift;
-          parts[u].add_value(value);
-        });
-  }
-  template <class T, class Parts>
-  static PYBN_INLINE void add_in_float(const Steps& steps, const Walk<const T>& xs, Parts& parts) {
-    FloatSums<T> floats;
-    for_each_vector<T, kLanes<T>>(
-        steps, [&](std::size_t i, auto part) PYBN_INLINE_LAMBDA { xs.fetch(i, part); },
-        [&](auto lanes, std::size_t i, auto u) PYBN_INLINE_LAMBDA {
-          floats.add(load<kLanes<T>>(lanes, xs.plane() + i));
-          if (is_last_of_step(u) && floats.are_full()) floats.move_to(parts);
-        });
-    floats.move_to(parts);
   }
 
   template <class Act, bool kResidual, class T>

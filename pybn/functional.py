@@ -105,7 +105,7 @@ def batch_norm(
     ----------
     x : array of shape (N, C), (N, C, L), (N, C, H, W), ..., float32, float64, float16 or bfloat16
         With ``channel_axis=-1``: (N, ..., C). bfloat16 is that of ml_dtypes. Half types are computed with in float32,
-        and results are rounded once; statistics are summed in float64, of half types in part in float32.
+        statistics always in float64, and results are rounded once.
     running_mean, running_var : (C,) arrays or None
         Needed in evaluation. In training both or neither; updated in place.
     weight, bias : (C,) arrays or None
@@ -398,11 +398,9 @@ def _output_mask(mask: tuple[bool, ...]) -> tuple[bool, bool, bool, bool]:
 def batch_norm_stats(x: npt.ArrayLike, *, channel_axis: int = 1) -> tuple[Array, Array, int]:
     """Mean and biased variance of every channel, in one pass over x.
 
-    The sums are float64, and shifted where the mean may be large, so neither a large mean nor large values cost
-    precision. Of half types up to 16 values are summed in float32 first, unless the mean is large, which leaves
-    statistics good to some ULP of float32. The order of the sums depends on the shape and strides of x only, so the
-    result is the same for any number of threads. Moments of several batches merge by Chan's formula (Chan, Golub,
-    LeVeque, 1979).
+    The sums are float64, shifted where the mean may be large, so neither that nor large values cost precision. Their
+    order depends on the shape and strides of x only, so the result is the same for any number of threads. Moments of
+    several batches merge by Chan's formula (Chan, Golub, LeVeque, 1979).
 
     Parameters
     ----------

@@ -94,7 +94,7 @@ def test_statistics_whose_sums_are_exact_in_any_order_equal_the_exact_ones(instr
     half = ((0, np.float16), (1000, np.float16), (0, BFLOAT16), (-128, BFLOAT16))  # the numbers are exact
     for offset, dtype in (*wide, *half):
         x = (rng.integers(-100, 100, shape) + offset).astype(dtype)
-        np.moveaxis(x, channel_axis, 0)[::3] -= dtype(offset)  # large means beside small ones
+        np.moveaxis(x, channel_axis, 0)[2::3] -= dtype(offset)  # small means beside large ones
         mean, var, _ = pybn.batch_norm_stats(x, channel_axis=channel_axis)
         exact_mean, exact_var = exact_moments(x, channel_axis)
         assert_same_bits(mean, exact_mean, (offset, dtype))
@@ -143,7 +143,7 @@ def test_statistics_survive_a_sample_that_hides_the_mean(instruction_set, rng, d
 @data_dtypes
 @pytest.mark.parametrize("plane", [(7, 7), (14, 14), (61, 64)], ids=str)
 def test_statistics_of_a_channel_do_not_depend_on_its_neighbours(instruction_set, rng, dtype, plane):
-    """Whatever they are summed in: tiny values, huge ones, none, constants, large means and ordinary channels."""
+    """Tiny values, huge ones, none, constants, large means and ordinary channels, some of them shifted, some not."""
     scales, offsets = [1, 1e-25, 1e30, 0, 0, 1, 3, 1e-22], [0, 0, 1e30, 0, 7, 1000, -1, 1e-22]
     if dtype == np.float16:
         scales, offsets = [1, 1e-7, 6e3, 0, 0, 1, 3, 1e-6], [0, 0, 6e3, 0, 7, 1000, -1, 1e-6]
@@ -151,9 +151,8 @@ def test_statistics_of_a_channel_do_not_depend_on_its_neighbours(instruction_set
     x = (x * np.reshape(scales, (-1, 1, 1)) + np.reshape(offsets, (-1, 1, 1))).astype(dtype)
     mean, var, _ = pybn.batch_norm_stats(x)
     expected_mean, expected_var = reference.stats(x)
-    tolerance = 1e-7 if np.dtype(dtype).itemsize == 2 else 1e-11
-    assert np.all(np.abs(mean - expected_mean) <= tolerance * np.sqrt(expected_var) + 1e-15 * np.abs(expected_mean))
-    np.testing.assert_allclose(var, expected_var, rtol=tolerance)
+    assert np.all(np.abs(mean - expected_mean) <= 1e-11 * np.sqrt(expected_var) + 1e-15 * np.abs(expected_mean))
+    np.testing.assert_allclose(var, expected_var, rtol=1e-11)
     for c in range(len(scales)):
         mean_alone, var_alone, _ = pybn.batch_norm_stats(x[:, c : c + 1])
         assert_same_bits(mean[c : c + 1], mean_alone, c)
@@ -283,10 +282,9 @@ def test_every_fusion_gives_the_same_bits_for_any_number_of_threads(
 def test_instruction_sets_agree(rng, training, dtype, shape, channel_axis):
     """Within 2 ULP in float32 (measured over ten seeds: 1 for y, 2.0 for dx), within 64 in float64 (measured: 46).
 
-    They differ in the order of their sums and in fused multiply-adds. Sums are float64, so that only results in float64
-    show the order, as the error of a shifted variance, which is largest where the first value lies far from the mean.
-    Per-channel sums are compared per value. Half data: to one spacing, and their statistics, of which parts are summed
-    in float32, within 4 ULP of float32 (measured: 2.8).
+    They differ in the order of their sums and in fused multiply-adds. Sums are float64 whatever the data are, so that
+    only results in float64 show the order, as the error of a shifted variance, which is largest where the first value
+    lies far from the mean. Per-channel sums are compared per value. Half data: to one spacing.
     """
     x = data(rng, shape, channel_axis, dtype)
     dy = rng.standard_normal(x.shape).astype(dtype)
@@ -307,8 +305,6 @@ def test_instruction_sets_agree(rng, training, dtype, shape, channel_axis):
             assert reference.error_in_spacings(got, expected, 2 * 2.0**-23) <= 1, name
         else:
             bound = 64
-            if np.dtype(dtype) in HALF_DTYPES and got.dtype == np.float64:
-                bound = 2.0**31
             if got.dtype == np.float32:  # backward_elemt is given statistics that are not those of x: its terms cancel
                 bound = 4 if name == "backward_elemt" else 2
             assert reference.error_in_ulp(got, expected) <= bound, name

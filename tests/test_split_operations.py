@@ -11,21 +11,16 @@ import pybn
 SHAPES = {**NETWORK_SHAPES, "small": (3, 5, 7, 2), "two axes": (33, 17)}
 
 
-# By bytes per value: sums are float64, but parts of those of half types are float32.
-STATISTICS_RTOL = {2: 2e-7, 4: 1e-13, 8: 1e-13}
-
-
 @pytest.mark.parametrize("channel_axis", [1, -1])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics_are_those_of_the_reference_at_every_vector_tail(instruction_set, rng, dtype, channel_axis):
-    rtol = STATISTICS_RTOL[np.dtype(dtype).itemsize]
     for channels in TAIL_SIZES:
         for inner in TAIL_SIZES:
             x = images(rng, (3, channels, inner), dtype, channel_axis)
             mean, var, count = pybn.batch_norm_stats(x, channel_axis=channel_axis)
             expected_mean, expected_var = reference.stats(x, channel_axis)
-            np.testing.assert_allclose(mean, expected_mean, rtol=rtol, atol=rtol / 10, err_msg=f"{channels} x {inner}")
-            np.testing.assert_allclose(var, expected_var, rtol=10 * rtol, err_msg=f"{channels} x {inner}")
+            np.testing.assert_allclose(mean, expected_mean, rtol=1e-13, atol=1e-14, err_msg=f"{channels} x {inner}")
+            np.testing.assert_allclose(var, expected_var, rtol=1e-12, err_msg=f"{channels} x {inner}")
             assert (mean.dtype, var.dtype, count) == (np.float64, np.float64, 3 * inner)
 
 
@@ -80,9 +75,8 @@ def test_steps_on_two_halves_of_a_batch_merge_to_the_union(rng, dtype, activatio
     mean = mean_a + delta * n_b / count
     var = (var_a * n_a + var_b * n_b + delta**2 * n_a * n_b / count) / count
     whole_mean, whole_var, whole_count = pybn.batch_norm_stats(x)
-    rtol = STATISTICS_RTOL[np.dtype(dtype).itemsize]
-    np.testing.assert_allclose(mean, whole_mean, rtol=rtol)
-    np.testing.assert_allclose(var, whole_var, rtol=10 * rtol)
+    np.testing.assert_allclose(mean, whole_mean, rtol=1e-13)
+    np.testing.assert_allclose(var, whole_var, rtol=1e-13)
     assert count == whole_count
 
     sums = [
