@@ -64,7 +64,7 @@ bool shifts_of_channels(std::size_t channels, Operand<const T> sample, double* s
     are_used |= shift != Doubles{};
     store<N>(lanes, shifts + c, shift);
   });
-  return !kMayBeUnshifted<T> || bits_of(are_used) != 0;
+  return bits_of(are_used) != 0;
 }
 
 // The sums are those of values minus `shifts`. What rounding takes from the mean is Knuth's: the sum of two is exact in

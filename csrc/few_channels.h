@@ -104,10 +104,13 @@ struct RowsOfAnyLength {
   static void stats(Block block, Operand<const T> x, const double* shift, double* sum, double* squares) noexcept {
     const FewChannels few(block);
     if (!few.apply_to(x)) return Rows::stats<kShifted>(block, x, shift, sum, squares);
-    const double* none = sum;  // what absent shifts are filled with, unread
-    const FewChannels::Repeated<double> shifts(few, kShifted ? shift : none);
     FewChannels::Sums sums;
-    Rows::stats<kShifted>(few.together(), few.together(x), shifts.values, sums.first, sums.second);
+    if constexpr (kShifted) {
+      const FewChannels::Repeated<double> shifts(few, shift);
+      Rows::stats<true>(few.together(), few.together(x), shifts.values, sums.first, sums.second);
+    } else {
+      Rows::stats<false>(few.together(), few.together(x), nullptr, sums.first, sums.second);
+    }
     Rows::stats<kShifted>(few.rest(), few.rest(x), shift, sum, squares);
     sums.add_to(few, sum, squares);
   }

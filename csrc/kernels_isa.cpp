@@ -37,7 +37,7 @@ struct Entry {
   static void stats(Block block, Operand<const T> x, const double* shift, double* sum, double* squares) noexcept {
     if (shift)
       Layout::template stats<true>(block, x, shift, sum, squares);
-    else if constexpr (kMayBeUnshifted<T>)
+    else
       Layout::template stats<false>(block, x, shift, sum, squares);
   }
 
