@@ -231,10 +231,8 @@ void normalize(std::size_t first, std::size_t channels, const double* var, Param
   double weights[kGroup], biases[kGroup];
   for (const std::size_t end = first + channels; first < end; first += kGroup) {
     const std::size_t count = std::min(kGroup, end - first);
-    for (std::size_t c = 0; c < count; ++c) {
-      weights[c] = weight ? weight[first + c] : 1;
-      biases[c] = bias ? bias[first + c] : 0;
-    }
+    weight.read(first, count, 1, weights);
+    bias.read(first, count, 0, biases);
     kernels<T>().channels.normalize(count, var + first, weights, biases, eps, normalization.from(first));
   }
 }

@@ -5,6 +5,7 @@
 // bits for any number of threads, and for x in any pieces; planes only may be in pieces.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 
 #include "kernel_table.h"
@@ -20,9 +21,25 @@ struct Parameter {
   bool is_double = false;
 
   explicit operator bool() const { return data != nullptr; }
-  double operator[](std::size_t c) const {
-    const char* at = data + static_cast<std::ptrdiff_t>(c) * byte_stride;
-    return is_double ? *reinterpret_cast<const double*>(at) : static_cast<double>(*reinterpret_cast<const float*>(at));
+  // The values of `count` channels from the first on; `absent` for each where there is no parameter.
+  void read(std::size_t first, std::size_t count, double absent, double* to) const {
+    if (!data)
+      std::fill_n(to, count, absent);
+    else if (is_double)
+      read_as<double>(first, count, to);
+    else
+      read_as<float>(first, count, to);
+  }
+
+ private:
+  template <class V>
+  void read_as(std::size_t first, std::size_t count, double* to) const {
+    const char* from = data + static_cast<std::ptrdiff_t>(first) * byte_stride;
+    if (byte_stride == sizeof(V)) {  // in vectors
+      std::copy_n(reinterpret_cast<const V*>(from), count, to);
+    } else {
+      for (; count > 0; --count, from += byte_stride) *to++ = *reinterpret_cast<const V*>(from);
+    }
   }
 };
 

@@ -10,6 +10,7 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <numeric>
@@ -183,11 +184,10 @@ Normalization<T> view(NormalizationArrays& arrays, std::size_t channels) {
            is_c_contiguous(array);
   };
   using A = Arithmetic<T>;
-  require(has_shape(statistics, 2), "statistics of another shape");
-  require(has_shape(affine, 3) && py::isinstance<py::array_t<A>>(affine), "an affine map of another shape or type");
-  double* mean = statistics.mutable_data();
-  A* rows = static_cast<A*>(affine.mutable_data());
-  return {mean, mean + channels, rows, rows + channels, rows + 2 * channels};
+  require(has_shape(statistics, kStatisticsRows), "statistics of another shape");
+  require(has_shape(affine, kAffineRows) && py::isinstance<py::array_t<A>>(affine),
+          "an affine map of another shape or type");
+  return normalization_in<T>(statistics.mutable_data(), static_cast<A*>(affine.mutable_data()), channels);
 }
 
 template <class T>
@@ -290,10 +290,32 @@ Doubles stats(const py::array& x, py::ssize_t axis) {
 py::ssize_t first_negative(const py::array& values) {
   require(values.ndim() == 1, "expected one axis");
   const auto count = static_cast<std::size_t>(values.shape(0));
-  const Parameter parameters = parameter(values, count);
-  for (std::size_t c = 0; c < count; ++c)
-    if (parameters[c] < 0) return static_cast<py::ssize_t>(c);
-  return -1;
+  std::vector<double> wide(count);
+  parameter(values, count).read(0, count, 0, wide.data());
+  const auto is_negative = [](double value) { return value < 0; };
+  if (std::count_if(wide.begin(), wide.end(), is_negative) == 0) return -1;  // the usual case, in vectors
+  return std::find_if(wide.begin(), wide.end(), is_negative) - wide.begin();
+}
+
+// Evaluation that keeps nothing: without arrays for the normalization, which take as long to make as 50 KiB to map.
+void evaluate(const py::array& x, py::array y, py::ssize_t axis, const std::optional<py::array>& weight,
+              const std::optional<py::array>& bias, const py::array& mean, const py::array& var, double eps,
+              ActivationArguments activation, const std::optional<py::array>& residual) {
+  const Problem problem(axis, {&x, &y, pointer(residual)});
+  const std::size_t channels = problem.channels();
+  const Parameter m = parameter(mean, channels), v = parameter(var, channels);
+  const Parameter w = parameter(weight, channels), b = parameter(bias, channels);
+  require(!problem.extents().is_empty(), "an empty array has nothing to map");
+  with_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const OwnNormalization<T> normalization(channels);
+    const Normalization<T> n = normalization.view();
+    normalize_with(m, v, w, b, eps, channels, n);
+    const Fusion<T> f = fusion<T>(problem, activation, pointer(residual), nullptr);
+    const auto input = problem.input<T>(&x);
+    const auto output = problem.output<T>(&y);
+    compute([&] { batch_norm_elemt<T>(problem.extents(), input, output, n, f); });
+  });
 }
 
 // Training or evaluation. Returns the normalization, and a mask if `keeps_mask` and the backward pass will need one.
@@ -474,8 +496,9 @@ bool is_same_memory(const py::array& a, const py::array& b) {
 // The channel axis of x if all arguments of a forward pass are what they usually are, so that the checks of
 // pybn/_arrays.py, which take 10 us, would find nothing; otherwise -1.
 py::ssize_t usual_channel_axis(py::handle x_argument, py::handle axis_argument, py::handle training_argument,
-                               py::handle weight, py::handle bias, py::handle running_mean, py::handle running_var,
-                               py::handle residual_argument, py::handle out_argument) {
+                               py::handle momentum, py::handle eps, py::handle weight, py::handle bias,
+                               py::handle running_mean, py::handle running_var, py::handle residual_argument,
+                               py::handle out_argument) {
   constexpr py::ssize_t unusual = -1;
   const std::optional<py::array> x = usual_array(x_argument);
   if (!x || x->ndim() < 2 || x->size() == 0 || !dtype_of(*x)) return unusual;
@@ -486,6 +509,9 @@ py::ssize_t usual_channel_axis(py::handle x_argument, py::handle axis_argument, 
   const py::ssize_t axis = given == 1 ? 1 : x->ndim() - 1;
   const py::ssize_t channels = x->shape(axis);
   if (!PyBool_Check(training_argument.ptr())) return unusual;
+  if (!PyFloat_CheckExact(momentum.ptr()) || !PyFloat_CheckExact(eps.ptr())) return unusual;
+  const double m = PyFloat_AS_DOUBLE(momentum.ptr()), e = PyFloat_AS_DOUBLE(eps.ptr());
+  if (!(0 <= m && m <= 1 && 0 < e && std::isfinite(e))) return unusual;
   const bool training = training_argument.ptr() == Py_True;
   if (training ? x->size() == channels || running_mean.is_none() != running_var.is_none()
                : running_mean.is_none() || running_var.is_none())
@@ -612,8 +638,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     return std::array<std::size_t, 3>{found->extents.outer, found->extents.channels, found->extents.inner};
   };
   m.def("layout", layout, "axis"_a);
-  m.def("usual_channel_axis", &usual_channel_axis, "x"_a, "channel_axis"_a, "training"_a, "weight"_a, "bias"_a,
-        "running_mean"_a, "running_var"_a, "residual"_a, "out"_a);
+  m.def("usual_channel_axis", &usual_channel_axis, "x"_a, "channel_axis"_a, "training"_a, "momentum"_a, "eps"_a,
+        "weight"_a, "bias"_a, "running_mean"_a, "running_var"_a, "residual"_a, "out"_a);
   m.def("is_same_memory", &is_same_memory, "a"_a, "b"_a);
   m.def("has_usual_gradient", &has_usual_gradient, "dy"_a, "x"_a, "out"_a);
   m.def("parameter_gradient", &parameter_gradient, "sums"_a, "factors"_a, "is_double"_a);
@@ -621,6 +647,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("forward", &forward, "x"_a, "y"_a, "axis"_a, "weight"_a, "bias"_a, "running_mean"_a, "running_var"_a,
         py::arg("counter").noconvert(), "training"_a, "momentum"_a, "eps"_a, "activation"_a, "residual"_a,
         "keeps_mask"_a);
+  m.def("evaluate", &evaluate, "x"_a, "y"_a, "axis"_a, "weight"_a, "bias"_a, "mean"_a, "var"_a, "eps"_a, "activation"_a,
+        "residual"_a);
   m.def("first_negative", &first_negative, "values"_a);
   m.def("normalization", &normalization, "like"_a, "mean"_a, "var"_a, "weight"_a, "bias"_a, "eps"_a);
   m.def("elemt", &elemt, "x"_a, "y"_a, "axis"_a, "normalization"_a, "activation"_a, "residual"_a);

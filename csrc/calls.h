@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstddef>
 #include <exception>
+#include <memory>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -66,9 +67,35 @@ template <class T>
 void normalize_with(Parameter mean, Parameter var, Parameter weight, Parameter bias, double eps, std::size_t channels,
                     const Normalization<T>& n) {
   std::vector<double> wide_var(channels);
-  for (std::size_t c = 0; c < channels; ++c) n.mean[c] = mean[c], wide_var[c] = var[c];
+  mean.read(0, channels, 0, n.mean);
+  var.read(0, channels, 1, wide_var.data());
   normalize<T>(0, channels, wide_var.data(), weight, bias, eps, n);
 }
+
+// The arrays of a Normalization, one after the other: mean and invstd, and the affine map.
+constexpr std::size_t kStatisticsRows = 2, kAffineRows = 3;
+
+template <class T>
+Normalization<T> normalization_in(double* statistics, Arithmetic<T>* affine, std::size_t channels) {
+  return {statistics, statistics + channels, affine, affine + channels, affine + 2 * channels};
+}
+
+// A Normalization and its memory.
+template <class T>
+class OwnNormalization {
+ public:
+  explicit OwnNormalization(std::size_t channels)
+      : channels_(channels),
+        statistics_(new double[kStatisticsRows * channels]),
+        affine_(new Arithmetic<T>[kAffineRows * channels]) {}
+
+  Normalization<T> view() const { return normalization_in<T>(statistics_.get(), affine_.get(), channels_); }
+
+ private:
+  std::size_t channels_;
+  std::unique_ptr<double[]> statistics_;
+  std::unique_ptr<Arithmetic<T>[]> affine_;
+};
 
 // ---- the GIL
 

@@ -381,47 +381,28 @@ RunningStatistic running(const Parameter& p) {
 
 // What a backward pass needs besides tensors: mean and invstd, and the affine map that was applied, float64 (5, C).
 using SavedArray = py::array_t<double>;
-constexpr std::size_t kStatisticsRows = 2, kAffineRows = 3;
 
-// A Normalization and its memory.
 template <class T>
-class OwnNormalization {
- public:
-  using A = Arithmetic<T>;
+SavedArray saved(const Normalization<T>& n, std::size_t channels) {
+  SavedArray array({static_cast<py::ssize_t>(kStatisticsRows + kAffineRows), static_cast<py::ssize_t>(channels)});
+  double* to = std::copy_n(n.mean, kStatisticsRows * channels, array.mutable_data());
+  std::copy_n(n.center, kAffineRows * channels, to);  // floats are doubles, too
+  return array;
+}
 
-  explicit OwnNormalization(std::size_t channels)
-      : channels_(channels),
-        statistics_(new double[kStatisticsRows * channels]),
-        affine_(new A[kAffineRows * channels]) {}
-
-  OwnNormalization(const SavedArray& saved, std::size_t channels) : OwnNormalization(channels) {
-    require(saved.ndim() == 2 && saved.shape(0) == kStatisticsRows + kAffineRows &&
-                static_cast<std::size_t>(saved.shape(1)) == channels && (saved.flags() & py::array::c_style),
-            "saved statistics of another shape");
-    const double* from = saved.data();
-    std::copy(from, from + kStatisticsRows * channels, statistics_.get());
-    from += kStatisticsRows * channels;
-    std::transform(from, from + kAffineRows * channels, affine_.get(), [](double v) { return static_cast<A>(v); });
-  }
-
-  Normalization<T> view() const {
-    double* mean = statistics_.get();
-    A* rows = affine_.get();
-    return {mean, mean + channels_, rows, rows + channels_, rows + 2 * channels_};
-  }
-
-  SavedArray save() const {
-    SavedArray saved({static_cast<py::ssize_t>(kStatisticsRows + kAffineRows), static_cast<py::ssize_t>(channels_)});
-    double* to = std::copy_n(statistics_.get(), kStatisticsRows * channels_, saved.mutable_data());
-    std::copy_n(affine_.get(), kAffineRows * channels_, to);  // floats are doubles, too
-    return saved;
-  }
-
- private:
-  std::size_t channels_;
-  std::unique_ptr<double[]> statistics_;
-  std::unique_ptr<A[]> affine_;
-};
+template <class T>
+OwnNormalization<T> restored(const SavedArray& array, std::size_t channels) {
+  require(array.ndim() == 2 && array.shape(0) == kStatisticsRows + kAffineRows &&
+              static_cast<std::size_t>(array.shape(1)) == channels && (array.flags() & py::array::c_style),
+          "saved statistics of another shape");
+  OwnNormalization<T> own(channels);
+  const Normalization<T> n = own.view();
+  const double* affine = array.data() + kStatisticsRows * channels;
+  std::copy(array.data(), affine, n.mean);
+  std::transform(affine, affine + kAffineRows * channels, n.center,
+                 [](double v) { return static_cast<Arithmetic<T>>(v); });
+  return own;
+}
 
 template <class T>
 Fusion<T> fusion(const Problem& problem, ActivationArguments activation, const Tensor* residual, const Tensor* mask) {
@@ -509,8 +490,8 @@ std::optional<std::tuple<py::object, py::object, py::object>> forward(py::handle
       normalize_with(*mean, *var, *w, *b, eps, channels, n);
       compute([&] { batch_norm_elemt<T>(extents, input, output, n, f); });
     }
-    py::object saved = keeps ? py::object(normalization.save()) : py::none();
-    return std::optional(std::make_tuple(std::move(y.object), std::move(saved), mask ? mask->object : py::none()));
+    py::object kept = keeps ? py::object(saved(n, channels)) : py::none();
+    return std::optional(std::make_tuple(std::move(y.object), std::move(kept), mask ? mask->object : py::none()));
   });
 }
 
@@ -565,7 +546,7 @@ std::optional<std::tuple<py::object, py::object, py::object, py::object>> backwa
   std::vector<double> sums(2 * channels);
   return with_dtype(x.type, [&](auto zero) {
     using T = decltype(zero);
-    const OwnNormalization<T> normalization(saved, channels);
+    const OwnNormalization<T> normalization = restored<T>(saved, channels);
     const Normalization<T> n = normalization.view();
     const Fusion<T> f = fusion<T>(problem, activation, pointer(residual), pointer(mask));
     const auto gradient = operand<const T>(&*dy, problem.others);

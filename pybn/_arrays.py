@@ -231,6 +231,8 @@ def positive(name: str, value: float) -> float:
 
 
 def _finite(name: str, value: float) -> float:
+    if type(value) is float and -math.inf < value < math.inf:  # the usual case
+        return value
     if _is_real(value) and math.isfinite(number := _as_float(value)):
         return number
     raise ValueError(f"{name} is {value!r}, expected a finite number")

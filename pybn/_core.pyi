@@ -21,6 +21,8 @@ def usual_channel_axis(
     x: object,
     channel_axis: object,
     training: object,
+    momentum: object,
+    eps: object,
     weight: object,
     bias: object,
     running_mean: object,
@@ -48,6 +50,18 @@ def forward(
     residual: _Array | None,
     keeps_mask: bool,
 ) -> tuple[_Normalization, _Array | None]: ...
+def evaluate(
+    x: _Array,
+    y: _Array,
+    axis: int,
+    weight: _Array | None,
+    bias: _Array | None,
+    mean: _Array,
+    var: _Array,
+    eps: float,
+    activation: _Activation,
+    residual: _Array | None,
+) -> None: ...
 def first_negative(values: _Array) -> int: ...
 def normalization(
     like: _Array, mean: _Array, var: _Array, weight: _Array | None, bias: _Array | None, eps: float

@@ -203,7 +203,9 @@ def forward(
 
     Raises `counter`, an int64 of shape (), together with the running statistics.
     """
-    axis = _core.usual_channel_axis(x, channel_axis, training, weight, bias, running_mean, running_var, residual, out)
+    axis = _core.usual_channel_axis(
+        x, channel_axis, training, momentum, eps, weight, bias, running_mean, running_var, residual, out
+    )
     is_usual = axis >= 0  # the checks that follow would find nothing, and take longer than a small kernel
     if not is_usual:
         x, axis = _arrays.data("x", x, channel_axis)
@@ -217,8 +219,8 @@ def forward(
         if out is not None:
             parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
             out = _arrays.output("out", out, x, {"x": x, "residual": residual, **parameters})
-    eps = _arrays.positive("eps", eps)
-    momentum = _arrays.factor(momentum)
+        eps = _arrays.positive("eps", eps)
+        momentum = _arrays.factor(momentum)
     act = _arrays.activation(activation, negative_slope)
     if check_finite:
         require_finite(x, axis)
@@ -228,6 +230,9 @@ def forward(
     else:
         result = _arrays.Result(axis, out, x, residual)
         (source, residual), target = result.inputs, result.target
+    if not training and not keeps and x.size:
+        _core.evaluate(source, target, axis, weight, bias, running_mean, running_var, eps, act, residual)
+        return target if result is None else result.finish(), None
     if x.size:
         normalization, mask = _core.forward(
             source, target, axis, weight, bias, running_mean, running_var, counter, training, momentum, eps, act,
