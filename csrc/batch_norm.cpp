@@ -123,7 +123,8 @@ void run_application(const Plan& plan, const Apply& apply) {
 
 template <class T>
 const Kernels<T>& kernels_for(const Extents& extents) {
-  return extents.is_rows() ? kernels<T>().rows : kernels<T>().planes;
+  const KernelTable<T>& table = kernels<T>();
+  return extents.is_rows() ? table.rows : is_amd() ? table.planes_on_amd : table.planes;
 }
 
 // The reduction of a statistics pass and its merge, as steps for run().

@@ -675,4 +675,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("available_instruction_sets", &available_instruction_sets);
   m.def("instruction_set", [] { return std::string(instruction_set().name); });
   m.def("select_instruction_set", &select_instruction_set, "name"_a);
+  m.def("is_amd", &is_amd);
+  m.def("set_is_amd", &set_is_amd, "value"_a);
 }

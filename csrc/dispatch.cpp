@@ -50,7 +50,28 @@ std::atomic<const InstructionSet*>& selected() {
   return set;
 }
 
+bool detect_amd() {
+#if defined(__x86_64__) || defined(__i386__)
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
+std::atomic<bool>& amd() {
+  static std::atomic<bool> is{detect_amd()};
+  return is;
+}
+
 }  // namespace
+
+bool is_amd() {
+  return amd().load(std::memory_order_relaxed);
+}
+
+void set_is_amd(bool is) {
+  amd() = is;
+}
 
 const InstructionSet& instruction_set() {
   return *selected().load(std::memory_order_acquire);

@@ -17,6 +17,11 @@ std::vector<std::string> available_instruction_sets();
 // Returns false, and changes nothing, if no available set has that name.
 bool select_instruction_set(const std::string& name);
 
+// Whether this is one of AMD's processors, for which some things are done otherwise. Speed depends on it, bits do not;
+// so that tests can see that, set_is_amd changes the answer.
+bool is_amd();
+void set_is_amd(bool is);
+
 template <class T>
 const KernelTable<T>& kernels();
 

@@ -144,7 +144,7 @@ struct ChannelKernels {
 
 template <class T>
 struct KernelTable {
-  Kernels<T> planes, rows;
+  Kernels<T> planes, planes_on_amd, rows;  // the planes' two give the same bits
   ChannelKernels<T> channels;
 };
 

@@ -73,6 +73,24 @@ struct Entry {
   static constexpr Kernels<T> kernels() { return {stats, elemt, backward_reduce, backward_elemt}; }
 };
 
+// With AVX-512, AMD's processors convert half types sooner in registers (kernels.h).
+#if defined(__AVX512F__)
+constexpr bool kThroughMemoryOnAmd = false;
+#else
+constexpr bool kThroughMemoryOnAmd = true;
+#endif
+
+template <class T, bool kThroughMemory>
+constexpr Kernels<T> planes() {
+  Kernels<T> kernels = Entry<PlanesBy<Reading>, T>::kernels();
+  if constexpr (kThroughMemory && sizeof(T) == 2) {
+    using ThroughMemory = Entry<PlanesBy<ReadingThroughMemory>, T>;
+    kernels.stats = ThroughMemory::stats;
+    kernels.backward_reduce = ThroughMemory::backward_reduce;
+  }
+  return kernels;
+}
+
 }  // namespace
 
 #define PYBN_CONCATENATE(a, b) a##b
@@ -80,7 +98,8 @@ struct Entry {
 
 extern const KernelTable<PYBN_TYPE> PYBN_JOIN(PYBN_TYPE, PYBN_JOIN(_kernels_, PYBN_ISA));
 const KernelTable<PYBN_TYPE> PYBN_JOIN(PYBN_TYPE, PYBN_JOIN(_kernels_, PYBN_ISA)) = {
-    Entry<Planes, PYBN_TYPE>::kernels(),
+    planes<PYBN_TYPE, true>(),
+    planes<PYBN_TYPE, kThroughMemoryOnAmd>(),
     Entry<RowsOfAnyLength, PYBN_TYPE>::kernels(),
     {shifts_of_channels<PYBN_TYPE>, statistics_of_channels, normalize_channels<PYBN_TYPE>,
      gradient_of_channels<PYBN_TYPE>}};

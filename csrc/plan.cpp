@@ -6,6 +6,7 @@
 #include <unistd.h>
 #endif
 
+#include "dispatch.h"
 #include "parallel.h"
 
 namespace pybn {
@@ -59,20 +60,11 @@ std::size_t l2_bytes() {
   return std::size_t{1} << 20;
 }
 
-bool is_amd() {
-#if defined(__x86_64__) || defined(__i386__)
-  static const bool is = __builtin_cpu_is("amd");
-  return is;
-#else
-  return false;
-#endif
-}
-
 // L3 where it serves a core nearly as fast as its L2: on AMD's processors, which have one for every few cores.
 std::size_t fast_l3_bytes() {
 #if defined(_SC_LEVEL3_CACHE_SIZE)
-  static const long size = is_amd() ? sysconf(_SC_LEVEL3_CACHE_SIZE) : 0;
-  if (size > 0) return static_cast<std::size_t>(size);
+  static const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (is_amd() && size > 0) return static_cast<std::size_t>(size);
 #endif
   return 0;
 }
@@ -81,8 +73,8 @@ std::size_t fast_l3_bytes() {
 // backward on 56x56 planes (two slabs, 784 KiB of 1 MiB) took 1.8 copies this way and 2.1 with the slabs shared. A
 // quarter of a thread's share of a fast L3: that takes longer runs of memory.
 std::size_t slab_bytes(int threads) {
-  static const std::size_t l2 = l2_bytes() * 4 / 5, l3 = fast_l3_bytes() / 4;
-  return std::max(l2, l3 / static_cast<std::size_t>(threads));
+  static const std::size_t l2 = l2_bytes() * 4 / 5;
+  return std::max(l2, fast_l3_bytes() / 4 / static_cast<std::size_t>(threads));
 }
 
 std::size_t total_bytes(const Extents& e, std::size_t bytes_per_value) {

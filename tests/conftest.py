@@ -57,13 +57,21 @@ data_dtypes = pytest.mark.parametrize("dtype", DATA_DTYPES, ids=lambda dtype: dt
 half_dtypes = pytest.mark.parametrize("dtype", HALF_DTYPES, ids=lambda dtype: dtype.__name__)
 
 
-@pytest.fixture(params=_core.available_instruction_sets())
+_SETS = _core.available_instruction_sets()
+
+
+@pytest.fixture(params=[*((name, _core.is_amd()) for name in _SETS), (_SETS[0], not _core.is_amd())], ids=str)
 def instruction_set(request):
-    """Runs the test under every instruction set that this machine has."""
-    before = _core.instruction_set()
-    assert _core.select_instruction_set(request.param)
-    yield request.param
-    _core.select_instruction_set(before)
+    """Runs the test under every instruction set that this machine has, the best one as AMD's processors use it and as
+    others do.
+    """
+    before = _core.instruction_set(), _core.is_amd()
+    name, is_amd = request.param
+    assert _core.select_instruction_set(name)
+    _core.set_is_amd(is_amd)
+    yield name
+    _core.select_instruction_set(before[0])
+    _core.set_is_amd(before[1])
 
 
 @pytest.fixture(autouse=True)
