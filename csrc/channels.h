@@ -39,22 +39,20 @@ constexpr bool kMayBeUnshifted = sizeof(Arithmetic<T>) < sizeof(double);
 constexpr double kReach = 4;
 
 template <class T>
-PYBN_INLINE Doubles sampled(std::size_t channels, Operand<const T> sample, std::size_t k, std::size_t c) {
-  T values[kDoubles] = {};
-  for (std::size_t i = 0; i < kDoubles && c + i < channels; ++i) values[i] = *sample.at(k, c + i, 0);
-  return load_wide(Whole{}, values);
-}
-
-template <class T>
 bool shifts_of_channels(std::size_t channels, Operand<const T> sample, double* shifts) noexcept {
   constexpr int N = kDoubles;
   Ints<double, N> are_used{};
   for_each_channels<N>(channels, [&](auto lanes, std::size_t c) {
-    const Doubles first = sampled(channels, sample, 0, c);
+    const auto sampled = [&](std::size_t k) PYBN_INLINE_LAMBDA {
+      const T* from = sample.at(k, c, 0);
+      return sample.channel_stride == 1 ? load_wide(lanes, from)
+                                        : widen(load_strided(from, sample.channel_stride, channels - c));
+    };
+    const Doubles first = sampled(0);
     Doubles shift = first, low = first, high = first;
     if constexpr (kMayBeUnshifted<T>) {
       for (std::size_t k = 1; k < kSampled; ++k) {
-        const Doubles value = sampled(channels, sample, k, c);
+        const Doubles value = sampled(k);
         low = value < low ? value : low;
         high = value > high ? value : high;
       }

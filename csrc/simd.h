@@ -505,6 +505,29 @@ PYBN_INLINE Vec<Arithmetic<T>, N> splat(const T* from) {
     return broadcast<N>(*from);
 }
 
+// The first `count` values of those that lie `stride` apart; lanes beyond have the last of them. In one expression,
+// which becomes insertions into a register: of lanes that were stored one by one, a load would have to wait.
+template <class T>
+PYBN_INLINE Vec<Arithmetic<T>, kDoubles> load_strided(const T* from, std::ptrdiff_t stride, std::size_t count) {
+  const auto at = [&](std::size_t i) PYBN_INLINE_LAMBDA {
+    const T* value = from + static_cast<std::ptrdiff_t>(i < count ? i : count - 1) * stride;
+    if constexpr (sizeof(T) == 2)
+      return value->bits;
+    else
+      return *value;
+  };
+  using Lanes = Vec<decltype(at(0)), kDoubles>;
+  Lanes v;
+  if constexpr (kDoubles == 8)
+    v = Lanes{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)};
+  else
+    v = Lanes{at(0), at(1), at(2), at(3)};
+  if constexpr (sizeof(T) == 2)
+    return from_bits(v, T{});
+  else
+    return v;
+}
+
 // ---- loads of what a reduction adds up
 
 template <class Lanes, class T>
