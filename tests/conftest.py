@@ -43,6 +43,7 @@ NETWORK_SHAPES = {
     "rows, few channels": (9001, 3, 1, 1),
     "rows, one channel": (40001, 1, 1, 1),
     "rows, many channels": (1100, 200, 1, 1),
+    "rows, wide": (42, 1541, 1, 1),
 }
 
 BFLOAT16 = ml_dtypes.bfloat16
