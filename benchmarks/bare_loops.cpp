@@ -4,9 +4,14 @@
 //     g++ -O3 -march=native -fopenmp benchmarks/bare_loops.cpp -o bare_loops && ./bare_loops
 //
 // Every channel is reduced and then applied by one thread, several neighbouring channels at a time: of 4, 16 and 64 the
-// number that is fastest on the shape. Statistics are neither checked nor shifted nor merged over segments, planes have
-// no tails but one, and nothing is returned. Needs GCC or Clang.
+// number that is fastest on the shape. Statistics are neither checked nor shifted nor merged over segments, nothing is
+// returned, and the last vector of a plane overlaps the one before it: sums are not right, but as many. Last, the sums
+// alone are timed on one thread, out of L1. Needs GCC or Clang.
 #include <omp.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <chrono>
@@ -30,49 +35,89 @@ struct Shape {
   std::size_t size() const { return n * c * plane; }
 };
 
+struct Pair {
+  Doubles first{}, second{};
+};
 struct Sums {
-  Doubles first[kUnroll] = {}, second[kUnroll] = {};
+  Pair pairs[kUnroll];
 };
 
 const Floats& floats(const float* at) {
   return *reinterpret_cast<const Floats*>(at);
 }
 
-// Calls step(i, u) for every vector of a plane; the last one overlaps the one before. u counts the chains of sums.
+// GCC 12 would convert eight floats in two halves, which takes twice as long as one instruction from memory does.
+inline Doubles doubles(const float* at) {
+#if defined(__AVX512F__)
+  asm("" : "+r"(at));  // loaded once more for another use, it would come from a register
+  return (Doubles)_mm512_cvtps_pd(_mm256_loadu_ps(at));
+#else
+  return __builtin_convertvector(floats(at), Doubles);
+#endif
+}
+
+// Calls step(i) for every vector of a plane; the last one overlaps the one before.
 template <class Step>
 inline void for_each_vector(std::size_t plane, Step step) {
   std::size_t i = 0;
   for (; i + kUnroll * kFloats <= plane; i += kUnroll * kFloats)
 #pragma GCC unroll 4
-    for (int u = 0; u < kUnroll; ++u) step(i + u * kFloats, u);
-  for (; i + kFloats <= plane; i += kFloats) step(i, 0);
-  if (i < plane) step(plane - kFloats, 0);
+    for (int u = 0; u < kUnroll; ++u) step(i + u * kFloats);
+  for (; i + kFloats <= plane; i += kFloats) step(i);
+  if (i < plane) step(plane - kFloats);
 }
 
+// Keeps the compiler from computing what comes after with `v` before `done`.
+inline void in_this_order([[maybe_unused]] Doubles& v, [[maybe_unused]] const Doubles& done) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v) : "v"(done));
+#endif
+}
+
+// Calls step(i, pair) for every vector of a plane, as for_each_vector does, with sums that stay in registers.
+template <class Step>
+inline void add_up(std::size_t plane, Sums& out, Step step) {
+  Pair a = out.pairs[0], b = out.pairs[1], c = out.pairs[2], d = out.pairs[3];
+  std::size_t i = 0;
+  for (; i + kUnroll * kFloats <= plane; i += kUnroll * kFloats) {
+    step(i, a);
+    step(i + kFloats, b);
+    step(i + 2 * kFloats, c);
+    step(i + 3 * kFloats, d);
+  }
+  for (; i + kFloats <= plane; i += kFloats) step(i, a);
+  if (i < plane) step(plane - kFloats, b);
+  out.pairs[0] = a, out.pairs[1] = b, out.pairs[2] = c, out.pairs[3] = d;
+}
+
+template <bool kAddsFirst = true>
 void add_values(const float* x, std::size_t plane, Sums& out) {
-  Sums s = out;
-  for_each_vector(plane, [&](std::size_t i, int u) {
-    const Doubles v = __builtin_convertvector(floats(x + i), Doubles);
-    s.first[u] += v;
-    s.second[u] += v * v;
+  add_up(plane, out, [&](std::size_t i, Pair& sums) {
+    Doubles v = doubles(x + i);
+    if (kAddsFirst) {
+      sums.first += v;
+      in_this_order(v, sums.first);
+      sums.second += v * v;
+    } else {
+      sums.second += v * v;
+      in_this_order(v, sums.second);
+      sums.first += v;
+    }
   });
-  out = s;
 }
 
 void add_gradients(const float* dy, const float* x, double mean, std::size_t plane, Sums& out) {
-  Sums s = out;
-  for_each_vector(plane, [&](std::size_t i, int u) {
-    const Doubles d = __builtin_convertvector(floats(dy + i), Doubles);
-    s.first[u] += d;
-    s.second[u] += (__builtin_convertvector(floats(x + i), Doubles) - mean) * d;
+  add_up(plane, out, [&](std::size_t i, Pair& sums) {
+    const Doubles d = doubles(dy + i);
+    sums.first += d;
+    sums.second += (doubles(x + i) - mean) * d;
   });
-  out = s;
 }
 
 // One number that depends on all sums, so that none can be left out.
 float total(const Sums& s) {
   Doubles all{};
-  for (int u = 0; u < kUnroll; ++u) all += s.first[u] + s.second[u];
+  for (const Pair& pair : s.pairs) all += pair.first + pair.second;
   double sum = 0;
   for (std::size_t i = 0; i < kFloats; ++i) sum += all[i];
   return static_cast<float>(sum);
@@ -135,9 +180,9 @@ Result measure(const Shape& shape) {
     if (group * 2 * kThreads > shape.c) continue;
     const auto forward = [&] {
       pass(
-          shape, group, [&](std::size_t at, Sums& sums) { add_values(x + at, shape.plane, sums); },
+          shape, group, [&](std::size_t at, Sums& sums) { add_values<>(x + at, shape.plane, sums); },
           [&](std::size_t at, float shift) {
-            for_each_vector(shape.plane, [&](std::size_t i, int) {
+            for_each_vector(shape.plane, [&](std::size_t i) {
               *reinterpret_cast<Floats*>(y + at + i) = (floats(x + at + i) - shift) * 2.f + 1.f;
             });
           });
@@ -146,7 +191,7 @@ Result measure(const Shape& shape) {
       pass(
           shape, group, [&](std::size_t at, Sums& sums) { add_gradients(dy + at, x + at, 0.5, shape.plane, sums); },
           [&](std::size_t at, float slope) {
-            for_each_vector(shape.plane, [&](std::size_t i, int) {
+            for_each_vector(shape.plane, [&](std::size_t i) {
               *reinterpret_cast<Floats*>(y + at + i) =
                   (floats(x + at + i) - .5f) * slope + (floats(dy + at + i) * 2.f + 1.f);
             });
@@ -183,6 +228,23 @@ void print_means(const char* name, const std::vector<Shape>& shapes) {
   std::printf("%s, geometric means: forward %.2f, backward %.2f copies\n", name, std::exp(forward), std::exp(backward));
 }
 
+// Values per nanosecond that reduce(x, dy, size, sums) takes out of L1, on one thread, at best.
+template <class Reduce>
+double rate(Reduce reduce) {
+  constexpr std::size_t kSize = 3072, kRepeats = 1000;
+  float* x = new_array(2 * kSize);
+  Sums sums;
+  double best = std::numeric_limits<double>::infinity();
+  for (int round = 0; round < kRounds; ++round)
+    best = std::min(best, seconds([&] {
+                      for (std::size_t repeat = 0; repeat < kRepeats; ++repeat) reduce(x, x + kSize, kSize, sums);
+                    }));
+  volatile float result = total(sums);
+  static_cast<void>(result);
+  std::free(reinterpret_cast<char*>(x) - 16);
+  return kSize * kRepeats / best * 1e-9;
+}
+
 }  // namespace
 
 int main() {
@@ -193,4 +255,9 @@ int main() {
                           {32, 256, 14 * 14},
                           {32, 1024, 14 * 14}});
   print_means("7x7 planes", {{32, 512, 7 * 7}, {32, 2048, 7 * 7}});
+  std::printf(
+      "out of L1, values per ns: statistics %.1f, with the multiply-add first %.1f, sums of backward %.1f\n",
+      rate([](const float* x, const float*, std::size_t size, Sums& s) { add_values<true>(x, size, s); }),
+      rate([](const float* x, const float*, std::size_t size, Sums& s) { add_values<false>(x, size, s); }),
+      rate([](const float* x, const float* dy, std::size_t size, Sums& s) { add_gradients(dy, x, 0.5, size, s); }));
 }
