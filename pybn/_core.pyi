@@ -48,20 +48,8 @@ def forward(
     eps: float,
     activation: _Activation,
     residual: _Array | None,
-    keeps_mask: bool,
-) -> tuple[_Normalization, _Array | None]: ...
-def evaluate(
-    x: _Array,
-    y: _Array,
-    axis: int,
-    weight: _Array | None,
-    bias: _Array | None,
-    mean: _Array,
-    var: _Array,
-    eps: float,
-    activation: _Activation,
-    residual: _Array | None,
-) -> None: ...
+    keeps: bool,
+) -> tuple[_Normalization | None, _Array | None]: ...
 def first_negative(values: _Array) -> int: ...
 def normalization(
     like: _Array, mean: _Array, var: _Array, weight: _Array | None, bias: _Array | None, eps: float

@@ -230,9 +230,6 @@ def forward(
     else:
         result = _arrays.Result(axis, out, x, residual)
         (source, residual), target = result.inputs, result.target
-    if not training and not keeps and x.size:
-        _core.evaluate(source, target, axis, weight, bias, running_mean, running_var, eps, act, residual)
-        return target if result is None else result.finish(), None
     if x.size:
         normalization, mask = _core.forward(
             source, target, axis, weight, bias, running_mean, running_var, counter, training, momentum, eps, act,
@@ -246,6 +243,7 @@ def forward(
     y = target if result is None else result.finish()
     if not keeps:
         return y, None
+    assert normalization is not None
 
     needs_residual = residual is not None and activation in _READ_RESIDUAL_AGAIN
     return y, Saved(

@@ -150,8 +150,9 @@ class _Overwriting(torch.autograd.Function):
         values = x.detach().numpy()
         normalization, _ = _core.forward(
             values, values, 1, _array(weight), _array(bias), _array(mean), _array(var), _array(counter), training,
-            momentum, eps, act, None, False,
+            momentum, eps, act, None, True,
         )  # fmt: skip
+        assert normalization is not None  # it keeps it
         ctx.mark_dirty(x)
         ctx.save_for_backward(x, weight, bias)
         ctx.invstd, ctx.training = normalization[0][1], training
