@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <fstream>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
@@ -60,13 +61,15 @@ std::size_t l2_bytes() {
   return std::size_t{1} << 20;
 }
 
-// L3 where it serves a core nearly as fast as its L2: on AMD's processors, which have one for every few cores.
+// L3 where it serves a core nearly as fast as its L2: on AMD's processors, which have one for every few cores. Linux
+// tells the size of that one; sysconf gives all of a package together (320 MiB where lscpu says 32).
 std::size_t fast_l3_bytes() {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  static const long size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (is_amd() && size > 0) return static_cast<std::size_t>(size);
-#endif
-  return 0;
+  static const std::size_t size = [] {
+    std::size_t kib = 0;
+    std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kib;
+    return kib << 10;
+  }();
+  return is_amd() ? size : 0;
 }
 
 // What a thread may reduce before it applies the result, and still find it in a cache. Four fifths of L2, not half:
@@ -109,6 +112,15 @@ std::size_t dividing(std::size_t common_channels, std::size_t group) {
   return group;
 }
 
+// The most channels per task, up to `group`, that give no thread over a 32nd more than its share. (In tasks of ten, 64
+// channels would give one of two threads forty.)
+std::size_t fair(const Extents& e, std::size_t group, int threads) {
+  const auto shares = static_cast<std::size_t>(threads);
+  const auto most = [&](std::size_t g) { return ceil_div(ceil_div(e.channels, g), shares) * g; };
+  while (group > 1 && most(group) * shares > e.channels + e.channels / 32) --group;
+  return group;
+}
+
 // Channels per task of a plan in which segments and groups of channels are both spread over the threads.
 std::size_t shared_group(const Partition& partition, std::size_t bytes_per_value, std::size_t common_channels,
                          int threads) {
@@ -138,10 +150,12 @@ Plan plan_reduction_and_application(const Extents& e, std::size_t bytes_per_valu
   // groups.
   const std::size_t fitting = slab_bytes(threads) / (e.per_channel() * bytes_per_value);
   std::size_t group = std::min(fitting, e.channels / tasks);
-  if (e.is_rows())
+  if (e.is_rows()) {
     group = group * bytes_per_value < kPrivateRunBytes ? 0 : group - group % kRowRun;
-  else
-    group = dividing(common_channels, std::min({group, ceil_div(kRunBytes, e.inner * bytes_per_value), kGroup}));
+  } else {
+    group = std::min({group, ceil_div(kRunBytes, e.inner * bytes_per_value), kGroup});
+    group = dividing(common_channels, fair(e, group, threads));
+  }
   if (group > 0) return {partition, group, group, true, threads};
 
   // Otherwise the threads share a wave of channels, as few as keep them all busy.
