@@ -59,7 +59,7 @@ struct Wave {
   std::size_t segment(std::size_t task) const { return task / groups(); }
   Tile tile(std::size_t task) const {
     const std::size_t begin = task % groups() * plan.group;
-    return tile_of(plan.partition, segment(task), first + begin, std::min(plan.group, channels - begin));
+    return tile_of(plan, segment(task), first + begin, std::min(plan.group, channels - begin));
   }
 };
 

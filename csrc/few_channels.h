@@ -27,8 +27,8 @@ class FewChannels {
   }
 
   // Rows taken together, and the rows that are left.
-  PYBN_INLINE Block together() const { return {block_.outer / rows_, rows_ * block_.channels, 1, block_.fetches_runs}; }
-  PYBN_INLINE Block rest() const { return {block_.outer % rows_, block_.channels, 1, block_.fetches_runs}; }
+  PYBN_INLINE Block together() const { return part(block_.outer / rows_, rows_ * block_.channels); }
+  PYBN_INLINE Block rest() const { return part(block_.outer % rows_, block_.channels); }
 
   template <class T>
   PYBN_INLINE Operand<T> together(Operand<T> operand) const {
@@ -85,6 +85,12 @@ class FewChannels {
   };
 
  private:
+  PYBN_INLINE Block part(std::size_t outer, std::size_t channels) const {
+    Block part = block_;
+    part.outer = outer;
+    part.channels = channels;
+    return part;
+  }
   template <class T>
   PYBN_INLINE bool is_dense(const Operand<T>& operand) const {
     return !operand || operand.outer_stride == static_cast<std::ptrdiff_t>(block_.channels);

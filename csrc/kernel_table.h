@@ -29,6 +29,9 @@ struct Block {
   // Whether long runs of memory are to be fetched ahead. An EPYC foresees them, and on large planes needs 0.83 to 0.94
   // of the time without.
   bool fetches_runs;
+  // Whether applications take several rows at a time, which share loads of the parameters, and not in the order of
+  // memory.
+  bool rows_together;
 };
 
 template <class T>

@@ -16,9 +16,9 @@ namespace {
 // start in each, so fewer than 8 independent chains (4 of each of two sums) would wait for one another.
 constexpr int kUnroll = 4;
 
-// Rows that a reduction takes together: their channels share one load of the sums, and one store. Applications take
-// them one by one, in the order of memory: by fours, to share loads of the parameters, takes up to 1.6 of the time on
-// an EPYC.
+// Rows that a reduction takes together: their channels share one load of the sums, and one store. Applications, which
+// would share loads of the parameters, take them one by one, in the order of memory, unless a plan says otherwise
+// (`Block::rows_together`) or there are many parameters.
 constexpr int kRows = 4;
 
 // Channels of a row whose map does not stay in L1 beside the data, so that applications, too, take kRows together where
@@ -167,10 +167,6 @@ struct SumPair {
   static PYBN_INLINE SumPair zero() { return {Doubles{}, Doubles{}}; }
   PYBN_INLINE void add_value(Doubles x) {
     first += x;
-#if defined(__AVX512F__)
-    // In this order a bare loop takes 14.8 values per ns out of an EPYC's L1, in the other one 12.8 (bare_loops.cpp).
-    asm("" : "+v"(x) : "v"(first));
-#endif
     second = fma(x, x, second);
   }
   PYBN_INLINE void add_gradient(Doubles dz, Doubles x, Doubles mean) {
@@ -378,8 +374,11 @@ PYBN_INLINE void for_each_vector(const Steps& steps, Fetch fetch, Step step) {
 // Calls group(first, block) for every kGroup channels of a block.
 template <class Group>
 PYBN_INLINE void for_each_group(const Block& block, Group group) {
-  for (std::size_t first = 0; first < block.channels; first += kGroup)
-    group(first, Block{block.outer, min(kGroup, block.channels - first), block.inner, block.fetches_runs});
+  for (std::size_t first = 0; first < block.channels; first += kGroup) {
+    Block part = block;
+    part.channels = min(kGroup, block.channels - first);
+    group(first, part);
+  }
 }
 template <class T>
 PYBN_INLINE Operand<T> from_channel(Operand<T> operand, std::size_t first) {
@@ -726,7 +725,7 @@ struct Rows {
     const auto mask_of = [&](std::size_t o) PYBN_INLINE_LAMBDA {
       return kResidual && Act::kReadsZ && fusion.mask ? fusion.mask.at(o, 0) : nullptr;
     };
-    if (!block.fetches_runs && block.channels >= kWideRow) {
+    if (block.rows_together || (block.channels >= kWideRow && !block.fetches_runs)) {
       for_each_rows(block.outer, [&](std::size_t o, auto count) {
         RowsWalk<const T, N> xs(x, block, o), residuals(residual, block, o);
         RowsWalk<T, N> ys(y, block, o);
@@ -803,6 +802,29 @@ struct Rows {
     const Operand<const T> residual = Act::kReadsResidual ? fusion.residual : x;
     const bool has_dresidual = kGivesResidual<Act> && dresidual;
     if (!has_dresidual) dresidual = dx;
+    if (block.rows_together) {
+      for_each_rows(block.outer, [&](std::size_t o, auto count) {
+        RowsWalk<const T, N> dys(dy, block, o), xs(x, block, o), residuals(residual, block, o);
+        RowsWalk<T, N> dxs(dx, block, o), dresiduals(dresidual, block, o);
+        for_each_channel_vector<N>(block.channels, [&](auto lanes, std::size_t c) {
+          const auto a = load<N>(lanes, affine, c);
+          const auto g = load<N>(lanes, gradient_affine, c);
+          for (int r = 0; r < decltype(count)::value; ++r) {
+            const std::uint8_t* mask = Act::kReadsMask ? fusion.mask.at(o + r, 0) : nullptr;
+            T* dresidual_at = has_dresidual ? dresiduals.row(r) : nullptr;
+            store<N>(lanes, dxs.row(r),
+                     apply_backward<kTraining>(act, lanes, c, dys.row(r), xs.row(r), residuals.row(r), mask,
+                                               dresidual_at, a, g));
+          }
+          dys.advance();
+          xs.advance();
+          residuals.advance();
+          dxs.advance();
+          dresiduals.advance();
+        });
+      });
+      return;
+    }
     const Steps steps = row_steps<N>(block);
     for (std::size_t o = 0; o < block.outer; ++o) {
       const Walk<const T> dys(dy, block, o), xs(x, block, o), residuals(residual, block, o);

@@ -84,6 +84,15 @@ std::size_t total_bytes(const Extents& e, std::size_t bytes_per_value) {
   return e.per_channel() * e.channels * bytes_per_value;
 }
 
+// The order of memory matters little to an EPYC in small tensors (0.8 to 0.95 of the time with rows together up to 4
+// MB, 1.2 to 1.8 beyond 6 MB), unless rows are long: those of 4 KiB have their values at the same places of L1 (up
+// to 1.8).
+constexpr std::size_t kLongRowBytes = 4096;
+bool takes_rows_together(const Extents& e, std::size_t bytes_per_value, int threads) {
+  return is_amd() && e.is_rows() && e.channels * bytes_per_value < kLongRowBytes &&
+         total_bytes(e, bytes_per_value) <= slab_bytes(threads);
+}
+
 int threads_for(const Extents& e, std::size_t bytes_per_value) {
   return total_bytes(e, bytes_per_value) < kSerialBytes ? 1 : get_num_threads();
 }
@@ -133,12 +142,13 @@ std::size_t shared_group(const Partition& partition, std::size_t bytes_per_value
 
 }  // namespace
 
-Tile tile_of(const Partition& partition, std::size_t segment, std::size_t first_channel, std::size_t channels) {
+Tile tile_of(const Plan& plan, std::size_t segment, std::size_t first_channel, std::size_t channels) {
+  const Partition& partition = plan.partition;
   const std::size_t outer = segment / partition.inner_count() * partition.outer_step;
   const std::size_t inner = segment % partition.inner_count() * partition.inner_step;
   return {outer, first_channel, inner,
           Block{std::min(partition.outer_step, partition.extents.outer - outer), channels,
-                std::min(partition.inner_step, partition.extents.inner - inner), !is_amd()}};
+                std::min(partition.inner_step, partition.extents.inner - inner), !is_amd(), plan.rows_together}};
 }
 
 Plan plan_reduction_and_application(const Extents& e, std::size_t bytes_per_value, std::size_t common_channels) {
@@ -156,18 +166,20 @@ Plan plan_reduction_and_application(const Extents& e, std::size_t bytes_per_valu
     group = std::min({group, ceil_div(kRunBytes, e.inner * bytes_per_value), kGroup});
     group = dividing(common_channels, fair(e, group, threads));
   }
-  if (group > 0) return {partition, group, group, true, threads};
+  const bool rows_together = takes_rows_together(e, bytes_per_value, threads);
+  if (group > 0) return {partition, group, group, true, threads, rows_together};
 
   // Otherwise the threads share a wave of channels, as few as keep them all busy.
   group = shared_group(partition, bytes_per_value, common_channels, threads);
   const std::size_t wave = e.is_rows() ? e.channels : round_up(ceil_div(tasks, partition.segments()), group);
-  return {partition, group, wave, false, threads};
+  return {partition, group, wave, false, threads, rows_together};
 }
 
 Plan plan_reduction(const Extents& e, std::size_t bytes_per_value, std::size_t common_channels) {
   const Partition partition = reduction_partition(e);
   const int threads = threads_for(e, bytes_per_value);
-  return {partition, shared_group(partition, bytes_per_value, common_channels, threads), e.channels, false, threads};
+  return {partition, shared_group(partition, bytes_per_value, common_channels, threads), e.channels, false, threads,
+          false};
 }
 
 Plan plan_application(const Extents& e, std::size_t bytes_per_value, std::size_t common_channels) {
@@ -179,7 +191,8 @@ Plan plan_application(const Extents& e, std::size_t bytes_per_value, std::size_t
   const std::size_t inner_step = std::min(e.inner, values);
   const std::size_t group = dividing(common_channels, std::clamp<std::size_t>(values / inner_step, 1, e.channels));
   const std::size_t outer_step = std::max<std::size_t>(1, values / (inner_step * group));
-  return {Partition{e, outer_step, inner_step}, group, e.channels, false, threads};
+  const bool rows_together = takes_rows_together(e, bytes_per_value, threads);
+  return {Partition{e, outer_step, inner_step}, group, e.channels, false, threads, rows_together};
 }
 
 }  // namespace pybn

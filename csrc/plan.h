@@ -76,17 +76,18 @@ struct Tile {
   }
 };
 
-Tile tile_of(const Partition&, std::size_t segment, std::size_t first_channel, std::size_t channels);
-
 struct Plan {
   Partition partition;
   std::size_t group;   // neighbouring channels that one task handles together
   std::size_t wave;    // channels that are reduced before they are applied; a multiple of group
   bool private_slabs;  // a wave is one group, and one task reduces and applies it; other waves run beside it
   int threads;
+  bool rows_together;  // see Block
 
   std::size_t channels() const { return partition.extents.channels; }
 };
+
+Tile tile_of(const Plan&, std::size_t segment, std::size_t first_channel, std::size_t channels);
 
 // For a reduction that is followed by an application to the same data; `bytes_per_value` counts every operand that is
 // read twice. Groups are divisors of `common_channels`, if that is not 0: those of operands in pieces.
