@@ -102,8 +102,9 @@ def bench(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="numpy, torch, compile, onednn, onnxruntime, openvino, jax, by commas; all; or none.",
-            show_default="all that are installed",
+            help="numpy, torch, compile, onednn, onnxruntime, openvino, jax, by commas; bare: loops without a library, "
+            "compiled here; all; or none.",
+            show_default="all that are installed, without bare",
         ),
     ] = None,
     threads: Annotated[

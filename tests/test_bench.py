@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +35,7 @@ from pybn.bench.peers import PEERS, TITLES, UnsupportedError, find
 from pybn.bench.problem import Contender, Problem, WrongResultError, require_equal
 from pybn.commands import app
 
+ROOT = Path(__file__).resolve().parents[1]
 RUNNER = CliRunner()
 MIB = 2**20
 
@@ -145,6 +149,7 @@ def test_every_target_is_of_an_operation_and_a_peer_that_exist():
     assert targets.copies(OPERATIONS["backward"], "float16", "nchw", "7x7 planes") is None
     assert targets.least_speed(case(shape=(1, 256, 14, 14)), "torch") == 2.0
     assert targets.least_speed(case(shape=(1, 256, 14, 14)), "numpy") == 1.0
+    assert targets.least_speed(case(), "bare") == 0.0
 
 
 # Everyone does the same thing
@@ -177,6 +182,46 @@ def test_pybn_and_the_peers_agree_on_every_operation(dtype, layout):
             ours.reads_first(operation, problem).tobytes()
         )
     assert compared >= 5 * len(SMALL) * len(OPERATIONS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bare_loops_compute_the_same(layout):
+    (bare,), _ = find(["bare"], pybn.get_num_threads())
+    operations = [operation for name, operation in OPERATIONS.items() if name != "backward-add-relu"]
+    # A group of channels and a part of one, planes with a rest and without, rows that threads cannot halve.
+    shapes = [Shape(4, 24, 9, 7), Shape(3, 8, 8, 4), Shape(2, 264, 5, 5), Shape(67, 24, 1, 1), Shape(1024, 16, 1, 1)]
+    for shape, operation in itertools.product(shapes, operations):
+        problem = Problem(shape, "float32", layout)
+        expected = ours.contenders(operation, problem, 2, problem.empty())[ours.FRESH]
+        contender = bare.contender(operation, problem)
+        actual = contender.read(contender.run())
+        require_equal("bare", Case(operation, shape, "float32", layout), actual, expected.read(expected.run()))
+        for a, b in zip(actual, expected.read(expected.run()), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_bare_loops_have_the_easiest_only():
+    (bare,), _ = find(["bare"], 1)
+    easy = Shape(4, 16, 9, 7)
+    for operation, shape, dtype, layout, reason in (
+        ("backward-add-relu", easy, "float32", "nchw", "makes no mask"),
+        ("forward", easy, "float64", "nchw", "float32 only"),
+        ("forward", Shape(4, 16, 7, 1), "float32", "nchw", "planes of 8 values"),
+        ("forward", Shape(4, 20, 9, 7), "float32", "nhwc", "channels last by 8"),
+    ):
+        with pytest.raises(UnsupportedError, match=reason):
+            bare.contender(OPERATIONS[operation], Problem(shape, dtype, layout))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("no-such-compiler", "set CXX to a GCC or Clang"), ("false", "false does not compile them")],
+)
+def test_bare_loops_need_a_compiler(compiler, reason, monkeypatch):
+    monkeypatch.setenv("CXX", compiler)
+    found, absent = find(["bare"], 1)
+    assert not found
+    assert reason in absent["bare"]
 
 
 def test_a_result_that_is_not_the_same_is_refused(rng):
@@ -219,6 +264,25 @@ def test_every_peer_has_a_title_and_says_who_it_is():
     found, absent = find(["numpy", "torch"], pybn.get_num_threads())
     assert not absent
     assert [(peer.name, bool(peer.version)) for peer in found] == [("numpy", True), ("torch", True)]
+
+
+def test_builds_are_compared_in_turns(tmp_path, shapes):
+    build = Path(pybn.__file__).parents[1]
+
+    def compare(*builds):
+        command = [sys.executable, ROOT / "benchmarks/compare_builds.py", *builds, "--turns", "1", "--shapes", shapes]
+        arguments = [*map(str, command), "--ops", "forward", "--layout", "nhwc"]
+        return subprocess.run(arguments, cwd=tmp_path, timeout=60, capture_output=True, text=True, check=False)
+
+    done = compare(build, build)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(" float32")[0] for line in lines] == ["forward 4x3x5x5", "forward 6x8", lines[-1]]
+    assert re.fullmatch(r"geometric mean +1\.00 +\d+\.\d\d", lines[-1])
+    assert all(re.search(r" ms +1\.00 +\d+\.\d{3} ms +\d+\.\d\d$", line) for line in lines[:-1])
+    missing = compare(build, tmp_path)
+    assert missing.returncode == 1
+    assert f"expected it in {tmp_path}" in missing.stderr
 
 
 # How it is measured

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pybn.bench import cases, problem, session
 from pybn.bench.cases import BATCH, UsageError
-from pybn.bench.peers import PEERS, SLOW_TO_START
+from pybn.bench.peers import PEERS, SLOW_TO_START, YARDSTICKS
 from pybn.bench.report import STYLES
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -53,9 +53,10 @@ def plan(
 
 
 def peer_names(text: str | None, quick: bool) -> list[str]:
-    """Return the peers of ``--peers``; all of them by default, but with ``--quick`` not those that compile for long."""
+    """Return the peers of ``--peers``; by default all but yardsticks and, with ``--quick``, what compiles for long."""
     if text is None:
-        return [name for name in PEERS if not quick or name not in SLOW_TO_START]
+        left_out = YARDSTICKS + (SLOW_TO_START if quick else ())
+        return [name for name in PEERS if name not in left_out]
     if text == "none":
         return []
     return _names("--peers", text, PEERS, "none")

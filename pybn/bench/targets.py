@@ -7,6 +7,7 @@ the shapes measured.
 from __future__ import annotations
 
 from pybn.bench.cases import Case, Operation
+from pybn.bench.peers import YARDSTICKS
 
 # The most copies that an operation may take, by layout, kind and (with a residual) fusion, then by group.
 _COPIES = {
@@ -57,4 +58,6 @@ def speed(operation: Operation, dtype: str, layout: str, peer: str) -> float | N
 
 def least_speed(case: Case, peer: str) -> float:
     """The least speed against a peer on one shape."""
+    if peer in YARDSTICKS:
+        return 0.0
     return SMALL_SPEED if peer == "torch" and case.shape.dims("nchw") == SMALL_SHAPE else EVERY_SHAPE

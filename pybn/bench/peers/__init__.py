@@ -16,6 +16,7 @@ PEERS = {
     "onnxruntime": ("onnxruntime", "OnnxRuntime"),
     "openvino": ("openvino", "OpenVINO"),
     "jax": ("jax", "Jax"),
+    "bare": ("bare", "Bare"),
 }
 TITLES = {
     "numpy": "NumPy",
@@ -25,9 +26,12 @@ TITLES = {
     "onnxruntime": "onnxruntime",
     "openvino": "OpenVINO",
     "jax": "JAX jitted",
+    "bare": "bare loops",
 }
 # With --quick, left out unless named: every operation and shape costs it seconds of compilation.
 SLOW_TO_START = ("compile",)
+# Nobody's library: pybn promises nothing against them, and they are left out unless named.
+YARDSTICKS = ("bare",)
 
 
 def find(names: Iterable[str], threads: int) -> tuple[list[Peer], dict[str, str]]:
@@ -43,4 +47,4 @@ def find(names: Iterable[str], threads: int) -> tuple[list[Peer], dict[str, str]
     return found, absent
 
 
-__all__ = ["PEERS", "SLOW_TO_START", "TITLES", "AbsentError", "Peer", "UnsupportedError", "find"]
+__all__ = ["PEERS", "SLOW_TO_START", "TITLES", "YARDSTICKS", "AbsentError", "Peer", "UnsupportedError", "find"]
